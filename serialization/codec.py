@@ -1,0 +1,247 @@
+"""msgpack bodies to frozen dataclasses and back: parse, don't validate.
+
+What comes out of `decode_fields` is typed and bounded; nothing else of the wire reaches the rest of the program. A field's
+type is its schema. Unknown keys are ignored (a newer minor may send them), missing ones take the field's default, and a
+required one that is missing is an error. msgpack alone would let pass duplicate keys, extension types and NaN: refused.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import msgpack
+
+from .errors import CodecError
+
+T = TypeVar("T")
+
+#: JSON-like data: what a user's settings, metrics and metadata may hold.
+Plain = None | bool | int | float | str | bytes | list["Plain"] | dict[str, "Plain"]
+
+MAX_TEXT = 64 * 1024
+MAX_ITEMS = 16 * 1024
+MAX_DEPTH = 16
+
+
+class Limit:
+    """An `Annotated` marker: the largest length of a text, bytes or list, or the range of a number."""
+
+    __slots__ = ("high", "low", "max_len")
+
+    def __init__(self, max_len: int | None = None, low: float | None = None, high: float | None = None) -> None:
+        self.max_len = max_len
+        self.low = low
+        self.high = high
+
+
+def pack(value: object) -> bytes:
+    """Plain data as msgpack."""
+    packed = msgpack.packb(value, use_bin_type=True)
+    assert packed is not None
+    return packed
+
+
+def unpack(data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_TEXT) -> Any:
+    """Plain data out of msgpack.
+
+    Raises:
+        CodecError: malformed, oversize or trailing bytes, duplicate or non-text keys, extension types, NaN or Inf.
+    """
+    if len(data) > max_bytes:
+        raise CodecError(f"{len(data)} bytes of msgpack; at most {max_bytes} here")
+    try:
+        value = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            object_pairs_hook=_unique,
+            ext_hook=_no_ext,
+            max_str_len=max_bytes,
+            max_bin_len=max_bytes,
+            max_array_len=max_bytes,
+            max_map_len=max_bytes,
+        )
+    except CodecError:
+        raise
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise CodecError(f"malformed msgpack: {error or type(error).__name__}") from None
+    check_plain(value)
+    return value
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    out: dict[Any, Any] = {}
+    for key, value in pairs:
+        if not isinstance(key, str):
+            raise CodecError(f"map key {key!r}; only text is allowed")
+        if key in out:
+            raise CodecError(f"map key {key!r} twice")
+        out[key] = value
+    return out
+
+
+def _no_ext(code: int, data: bytes) -> Any:
+    raise CodecError(f"msgpack extension type {code} ({len(data)} bytes); none is allowed")
+
+
+def check_plain(value: Any, depth: int = 0) -> None:
+    """Refuse what a message must not hold.
+
+    Raises:
+        CodecError: nesting over 16, NaN or Inf, or a type that is not plain data.
+    """
+    if depth > MAX_DEPTH:
+        raise CodecError(f"data nested more than {MAX_DEPTH} deep")
+    match value:
+        case None | bool() | int() | str() | bytes():
+            pass
+        case float():
+            if not math.isfinite(value):
+                raise CodecError(f"{value} in a message; numbers must be finite")
+        case list():
+            for item in typing.cast("list[Any]", value):
+                check_plain(item, depth + 1)
+        case dict():
+            for key, item in typing.cast("dict[Any, Any]", value).items():
+                if not isinstance(key, str):
+                    raise CodecError(f"map key {key!r}; only text is allowed")
+                check_plain(item, depth + 1)
+        case _:
+            raise CodecError(f"{type(value).__name__} in a message; allowed are numbers, text, bytes, lists and maps")
+
+
+def encode_fields(message: Any) -> dict[str, Any]:
+    """A dataclass as a map: fields that hold their default stay out, nested dataclasses become maps."""
+    out: dict[str, Any] = {}
+    for field in fields(message):
+        value = getattr(message, field.name)
+        if field.default is not MISSING and value == field.default:
+            continue
+        out[field.name] = _plain(value)
+    return out
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return encode_fields(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in typing.cast("tuple[Any, ...]", value)]
+    return value
+
+
+def decode_fields(cls: type[T], data: Any, where: str = "") -> T:
+    """A dataclass out of a map.
+
+    Raises:
+        CodecError: not a map, a required key missing, a value of the wrong type or out of its bounds.
+    """
+    where = where or cls.__name__
+    if not isinstance(data, Mapping):
+        raise CodecError(f"{where}: {type(data).__name__} where a map belongs")
+    values: dict[str, Any] = {}
+    for name, required, parse in _schema(cls):
+        if name in data:
+            values[name] = parse(data[name], f"{where}.{name}")
+        elif required:
+            raise CodecError(f"{where}: key {name!r} is missing")
+    return cls(**values)
+
+
+Parser = Callable[[Any, str], Any]
+
+
+@cache
+def _schema(cls: type[Any]) -> list[tuple[str, bool, Parser]]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    out: list[tuple[str, bool, Parser]] = []
+    for field in fields(cls):
+        required = field.default is MISSING and field.default_factory is MISSING
+        out.append((field.name, required, _parser(hints[field.name])))
+    return out
+
+
+def _parser(hint: Any, limit: Limit | None = None) -> Parser:
+    if isinstance(hint, typing.NewType):
+        return _parser(hint.__supertype__, limit)
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        base, *extras = typing.get_args(hint)
+        return _parser(base, next((e for e in extras if isinstance(e, Limit)), limit))
+    if origin in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(hint) if a is not type(None)]
+        assert len(inner) == 1, f"only `T | None` unions are parsed: {hint}"
+        parse = _parser(inner[0], limit)
+        return lambda value, where: None if value is None else parse(value, where)
+    if origin is tuple:
+        return _tuple_parser(_parser(typing.get_args(hint)[0]), limit)
+    if origin is dict:
+        return _dict_parser(_parser(typing.get_args(hint)[1]))
+    if origin is typing.Literal:
+        return _literal_parser(typing.get_args(hint))
+    if is_dataclass(hint):
+        cls = typing.cast("type[Any]", hint)
+        return lambda value, where: decode_fields(cls, value, where)
+    if hint is Any:
+        return lambda value, where: value
+    return _scalar_parser(hint, limit)
+
+
+def _tuple_parser(item: Parser, limit: Limit | None) -> Parser:
+    most = MAX_ITEMS if limit is None or limit.max_len is None else limit.max_len
+
+    def parse(value: Any, where: str) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise CodecError(f"{where}: {type(value).__name__} where a list belongs")
+        items = typing.cast("list[Any]", value)
+        if len(items) > most:
+            raise CodecError(f"{where}: {len(items)} items; at most {most}")
+        return tuple(item(v, where) for v in items)
+
+    return parse
+
+
+def _dict_parser(item: Parser) -> Parser:
+    def parse(value: Any, where: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise CodecError(f"{where}: {type(value).__name__} where a map belongs")
+        pairs = typing.cast("dict[str, Any]", value)
+        return {key: item(v, f"{where}.{key}") for key, v in pairs.items()}
+
+    return parse
+
+
+def _literal_parser(allowed: tuple[Any, ...]) -> Parser:
+    def parse(value: Any, where: str) -> Any:
+        if value not in allowed:
+            raise CodecError(f"{where}: {value!r}; one of {', '.join(map(repr, allowed))} belongs here")
+        return value
+
+    return parse
+
+
+def _scalar_parser(hint: Any, limit: Limit | None) -> Parser:
+    most = MAX_TEXT if limit is None or limit.max_len is None else limit.max_len
+    low = limit.low if limit else None
+    high = limit.high if limit else None
+
+    def parse(value: Any, where: str) -> Any:
+        # bool is an int to Python and must not pass for one; an int may stand for a float
+        kind = type(value)
+        if hint is float and kind is int:
+            value = float(value)
+        elif kind is not hint:
+            raise CodecError(f"{where}: {kind.__name__} where {hint.__name__} belongs")
+        if hint in (str, bytes):
+            if len(value) > most:
+                raise CodecError(f"{where}: {len(value)} long; at most {most}")
+        elif (low is not None and value < low) or (high is not None and value > high):
+            raise CodecError(f"{where}: {value} is outside {low} to {high}")
+        return value
+
+    return parse

@@ -1,0 +1,611 @@
+"""Every message of the protocol, a frozen dataclass each; `docs/protocol.md` tells the conversation.
+
+`KINDS` maps the kind number in the envelope to its class. Numbers are never used again and a key never changes its type.
+``ref`` correlates a request with its answer; 0 means that none is expected.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, NewType
+
+from .codec import Limit, decode_fields, encode_fields, pack, unpack
+from .envelope import MAX_BODY_BYTES, MAX_TAIL_BYTES, Buffer, check_frames, pack_envelope, unpack_envelope
+from .errors import CodecError
+
+JobId = NewType("JobId", str)
+Site = NewType("Site", str)
+TaskId = NewType("TaskId", str)
+GatherId = NewType("GatherId", str)
+PayloadId = NewType("PayloadId", str)
+
+#: Results and models up to this size ride in the tail of a control message.
+INLINE_BYTES = 32 * 1024
+#: One message's inline results together.
+INLINE_TOTAL_BYTES = 256 * 1024
+
+Name = Annotated[str, Limit(max_len=256)]
+Short = Annotated[str, Limit(max_len=1024)]
+Text = Annotated[str, Limit(max_len=16 * 1024)]
+Count = Annotated[int, Limit(low=0, high=2**53)]
+Seconds = Annotated[float, Limit(low=0, high=10 * 365 * 86400)]
+Role = Literal["executor", "controller", "job", "client"]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRef:
+    """One attempt at one task; the attempt is the fencing token."""
+
+    task: Annotated[TaskId, Limit(max_len=64)]
+    attempt: Annotated[int, Limit(low=1, high=2**31)]
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadRef:
+    """Immutable bytes known by id, size and digest.
+
+    ``digest`` is the hex BLAKE3 root over 4 MiB blocks, or "" where `integrity = "size"` holds or it is not known yet.
+    """
+
+    id: Annotated[PayloadId, Limit(max_len=128)]
+    size: Count
+    digest: Annotated[str, Limit(max_len=64)] = ""
+    type: Literal["tensors", "blob"] = "tensors"
+
+
+# ---------------------------------------------------------------- session
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """peer -> broker, first on each link. Tail: msgpack {"sites": [name], "held": [[task, attempt]]}."""
+
+    KIND: ClassVar[int] = 1
+    node: Name
+    role: Role
+    boot: Annotated[str, Limit(max_len=64)]  # random per process: a second live boot of a name is refused
+    minor: Annotated[int, Limit(low=0, high=255)] = 0
+    session: Annotated[str, Limit(max_len=64)] = ""  # data link only: the session that Welcome gave
+    capacity: Annotated[int, Limit(low=0, high=1_000_000)] = 0
+    pool: Name = ""
+    job: Annotated[JobId, Limit(max_len=256)] = JobId("")
+    claim: Count = 0
+    features: Annotated[tuple[Name, ...], Limit(max_len=64)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """broker -> peer."""
+
+    KIND: ClassVar[int] = 2
+    session: Annotated[str, Limit(max_len=64)]
+    epoch: Annotated[str, Limit(max_len=64)]  # the broker's own boot
+    minor: Annotated[int, Limit(low=0, high=255)] = 0
+    ping_s: Seconds = 5.0
+    dead_s: Seconds = 30.0
+    data_endpoint: Short = ""
+    chunk_bytes: Count = 1024 * 1024
+    window: Annotated[int, Limit(low=1, high=1024)] = 8
+    spool_dir: Short = ""  # co-located peers of the same user only: where payloads can be mapped
+    spool_token: Short = ""  # what the file `.token` in that folder holds, which proves co-location
+    integrity: Literal["digest", "size"] = "digest"
+    features: Annotated[tuple[Name, ...], Limit(max_len=64)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """peer -> broker: renews the session, the accepted leases it holds, and a job's claim."""
+
+    KIND: ClassVar[int] = 3
+    free: Annotated[int, Limit(low=0, high=1_000_000)] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """broker -> peer."""
+
+    KIND: ClassVar[int] = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """Either side: the session ends now."""
+
+    KIND: ClassVar[int] = 5
+    reason: Short = ""
+
+
+# ---------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True, slots=True)
+class CloseRule:
+    """When a gather closes: all tasks ended, or the quorum reached and the extra wait over, or the deadline."""
+
+    min_clients: Annotated[int, Limit(low=1, high=1_000_000)] = 1
+    deadline_s: Seconds | None = None  # from opening; at the deadline min_clients results close it, fewer fail it
+    after_quorum_s: Seconds | None = None  # None: wait for every task
+    sites_s: Seconds = 60.0  # how long to wait for min_clients sites to connect, and for a lost site to return
+
+
+@dataclass(frozen=True, slots=True)
+class OpenGather:
+    """job -> broker. Idempotent: the same key and specification return what was recorded. Tail: msgpack {"sites": [name]}.
+
+    No sites means every connected site, or ``sample`` of them drawn from (seed, round, step).
+    """
+
+    KIND: ClassVar[int] = 10
+    ref: Count
+    job: Annotated[JobId, Limit(max_len=256)]
+    claim: Count
+    round: Count
+    step: Count
+    name: Name
+    rule: CloseRule
+    payload: PayloadRef | None = None
+    fold: PayloadRef | None = None  # the fold plan; executors with pools need it
+    config: dict[str, Any] = field(default_factory=dict)
+    partials: bool = False
+    sample: Annotated[int, Limit(low=0, high=1_000_000)] = 0
+    seed: Count = 0
+    max_attempts: Annotated[int, Limit(low=1, high=1000)] = 5
+    lease_s: Seconds = 30.0
+    redo: Annotated[int, Limit(low=0, high=16)] = 0  # > 0: the same step again for results that only a partial held
+    have: Count = 0  # results this controller has already: the broker sends those behind
+
+
+@dataclass(frozen=True, slots=True)
+class CloseGather:
+    """job -> broker: close now with what is there. Answered by the gather's Receipt."""
+
+    KIND: ClassVar[int] = 11
+    ref: Count
+    job: Annotated[JobId, Limit(max_len=256)]
+    claim: Count
+    gather: Annotated[GatherId, Limit(max_len=64)]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A task that ended without a result."""
+
+    task: Annotated[TaskId, Limit(max_len=64)]
+    site: Annotated[Site, Limit(max_len=256)]
+    code: Name
+    text: Text = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """broker -> job: the state of a gather. Sent on opening, on each failed task, and on closing."""
+
+    KIND: ClassVar[int] = 12
+    ref: Count
+    job: Annotated[JobId, Limit(max_len=256)]
+    gather: Annotated[GatherId, Limit(max_len=64)]
+    state: Literal["waiting", "open", "closed", "failed"]  # waiting: for min_clients sites to connect
+    tasks: Count = 0
+    results: Count = 0  # closed: exactly so many, numbered 0 to results - 1, are the round's
+    reason: Text = ""
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AssignItem:
+    """One task of an Assign."""
+
+    task: Annotated[TaskId, Limit(max_len=64)]
+    attempt: Annotated[int, Limit(low=1, high=2**31)]
+    site: Annotated[Site, Limit(max_len=256)]
+    state: Annotated[str, Limit(max_len=128)] = ""  # the site-state version to start from; "" where there is none yet
+    settled: Count = 0  # how many tasks of this job the site has settled before
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """broker -> executor: tasks that share one specification. Tail: the payload's bytes where they fit inline."""
+
+    KIND: ClassVar[int] = 13
+    job: Annotated[JobId, Limit(max_len=256)]
+    gather: Annotated[GatherId, Limit(max_len=64)]
+    round: Count
+    step: Count
+    name: Name
+    items: Annotated[tuple[AssignItem, ...], Limit(max_len=512)]
+    lease_s: Seconds = 30.0
+    archive: PayloadRef | None = None  # the job's code
+    payload: PayloadRef | None = None
+    fold: PayloadRef | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    partials: bool = False
+    seed: Count = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """executor -> broker: these attempts are being worked on; from now on pings renew their leases."""
+
+    KIND: ClassVar[int] = 14
+    tasks: Annotated[tuple[TaskRef, ...], Limit(max_len=512)]
+
+
+@dataclass(frozen=True, slots=True)
+class Decline:
+    """executor -> broker: these attempts will not be worked on; queued again at once elsewhere or after the delay."""
+
+    KIND: ClassVar[int] = 15
+    tasks: Annotated[tuple[TaskRef, ...], Limit(max_len=512)]
+    reason: Short = ""
+    retry_after_s: Seconds = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """executor -> broker: a task's own word that it moves, shown to whoever watches."""
+
+    KIND: ClassVar[int] = 16
+    task: Annotated[TaskId, Limit(max_len=64)]
+    attempt: Annotated[int, Limit(low=1, high=2**31)]
+    done: float = 0.0
+    note: Short = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DoneItem:
+    """One finished attempt. A result of a partial has neither payload nor inline bytes."""
+
+    task: Annotated[TaskId, Limit(max_len=64)]
+    attempt: Annotated[int, Limit(low=1, high=2**31)]
+    site: Annotated[Site, Limit(max_len=256)]
+    payload: PayloadRef | None = None
+    inline_bytes: Annotated[int, Limit(low=0, high=INLINE_BYTES)] = 0  # this many bytes of the tail, in order
+    meta: dict[str, Any] = field(default_factory=dict)  # FLModel's plain side: params_type, metrics, meta, rounds
+    state: Annotated[str, Limit(max_len=128)] = ""  # the site-state version this attempt wrote; "" if none
+    restarted: bool = False  # the script was started anew and kept memory outside the site state: state_lost
+    run_s: Seconds = 0.0
+    index: Annotated[int, Limit(low=-1, high=2**53)] = -1  # broker -> job: the result's number in its gather
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """executor -> broker -> job: finished attempts of one gather. Tail: the inline results, one after another.
+
+    With ``partial`` all items together are that one payload, settled all or nothing. Answered by `Stored`.
+    """
+
+    KIND: ClassVar[int] = 17
+    job: Annotated[JobId, Limit(max_len=256)]
+    gather: Annotated[GatherId, Limit(max_len=64)]
+    items: Annotated[tuple[DoneItem, ...], Limit(max_len=512)]
+    partial: PayloadRef | None = None
+    partial_inline_bytes: Annotated[int, Limit(low=0, high=INLINE_TOTAL_BYTES)] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """executor -> broker: the attempt failed. Not retryable: the task's end (user code raised)."""
+
+    KIND: ClassVar[int] = 18
+    task: Annotated[TaskId, Limit(max_len=64)]
+    attempt: Annotated[int, Limit(low=1, high=2**31)]
+    code: Name
+    text: Text = ""
+    retryable: bool = False
+    killed: bool = False  # the task took its process down: three of these and it is dead
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """broker -> executor: stop these attempts, or with no tasks everything of the job."""
+
+    KIND: ClassVar[int] = 19
+    job: Annotated[JobId, Limit(max_len=256)]
+    tasks: Annotated[tuple[TaskRef, ...], Limit(max_len=512)] = ()
+    reason: Short = ""
+    ended: bool = False  # the job is over: its scripts may stop and its files may go
+
+
+# ---------------------------------------------------------------- payloads
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """peer -> broker: a payload comes. Repeated after a reconnect; answered with a Grant at the watermark, or Stored.
+
+    On the data link for chunks (``stream`` is 32 hex digits) or, with ``local``, for a finished file of that name in the
+    spool's ``incoming`` folder. On the control link with the whole payload as tail.
+    """
+
+    KIND: ClassVar[int] = 30
+    payload: PayloadRef
+    stream: Annotated[str, Limit(max_len=32)] = ""
+    job: Annotated[JobId, Limit(max_len=256)] = JobId("")
+    claim: Count = 0
+    task: Annotated[TaskId, Limit(max_len=64)] = TaskId("")  # a result or state of this attempt
+    attempt: Annotated[int, Limit(low=0, high=2**31)] = 0
+    local: Short = ""
+    ref: Count = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Get:
+    """peer -> broker, data link: send this payload as chunks under the stream's grants, from chunk ``next``."""
+
+    KIND: ClassVar[int] = 31
+    stream: Annotated[str, Limit(max_len=32)]
+    payload: Annotated[PayloadId, Limit(max_len=128)]
+    next: Count
+    limit: Count
+    ref: Count = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """receiver -> sender: everything before ``next`` is here, chunks below ``limit`` may be sent. Absolute; newest epoch wins."""
+
+    KIND: ClassVar[int] = 32
+    STRUCT: ClassVar[struct.Struct] = struct.Struct(">16sIQQ")
+    stream: str
+    epoch: int
+    next: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """sender -> receiver. Tail: the chunk's bytes, whose crc32 this carries."""
+
+    KIND: ClassVar[int] = 33
+    STRUCT: ClassVar[struct.Struct] = struct.Struct(">16sQII")
+    stream: str
+    index: int
+    length: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """sender -> receiver: that was all; the payload's digest."""
+
+    KIND: ClassVar[int] = 34
+    stream: Annotated[str, Limit(max_len=32)]
+    digest: Annotated[str, Limit(max_len=64)] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An attempt whose result was not accepted, and why."""
+
+    task: Annotated[TaskId, Limit(max_len=64)]
+    attempt: Annotated[int, Limit(low=1, high=2**31)]
+    code: Name  # stale, late, closed, duplicate, conflict, unknown, lost_payload
+    reason: Short = ""
+    requeued: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """broker -> peer: committed. Of a payload (``stream`` or ``ref`` names the Put) or of the results of a Done."""
+
+    KIND: ClassVar[int] = 35
+    stream: Annotated[str, Limit(max_len=32)] = ""
+    ref: Count = 0
+    payload: PayloadRef | None = None
+    tasks: Annotated[tuple[TaskRef, ...], Limit(max_len=512)] = ()
+    refused: Annotated[tuple[Refusal, ...], Limit(max_len=512)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Either side: this stream ends. ``retry_after_s`` > 0: worth another try."""
+
+    KIND: ClassVar[int] = 36
+    stream: Annotated[str, Limit(max_len=32)]
+    code: Name
+    reason: Short = ""
+    retry_after_s: Seconds = 0.0
+
+
+# ---------------------------------------------------------------- jobs
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitJob:
+    """client -> broker: a job whose archive is stored. Answered by Answer {"job_id"}. ``token`` makes repeats harmless."""
+
+    KIND: ClassVar[int] = 50
+    ref: Count
+    token: Annotated[str, Limit(max_len=64)]
+    name: Name
+    archive: PayloadRef
+    job: Annotated[JobId, Limit(max_len=256)] = JobId("")  # wanted id; "" lets the broker choose
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimJob:
+    """controller -> broker: give me a job; or with ``job`` and ``lost``: its process died, give it out again."""
+
+    KIND: ClassVar[int] = 51
+    ref: Count
+    job: Annotated[JobId, Limit(max_len=256)] = JobId("")
+    claim: Count = 0
+    lost: Text = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRef:
+    """The last commit of a job, and the checkpoints behind it."""
+
+    round: Count
+    model: PayloadRef | None = None
+    state: PayloadRef | None = None
+    best: PayloadRef | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """broker -> controller or job: the job is yours under this claim."""
+
+    KIND: ClassVar[int] = 52
+    ref: Count
+    job: Annotated[JobId, Limit(max_len=256)]
+    claim: Count
+    name: Name = ""
+    archive: PayloadRef | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    commit: CommitRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """job -> broker: an open gather's aggregate made durable. Covers its results 0 to ``covered`` - 1, whose payloads go."""
+
+    KIND: ClassVar[int] = 53
+    ref: Count
+    job: Annotated[JobId, Limit(max_len=256)]
+    claim: Count
+    gather: Annotated[GatherId, Limit(max_len=64)]
+    payload: PayloadRef
+    covered: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """job -> broker: the round is durable; model, state, record and round number become visible together."""
+
+    KIND: ClassVar[int] = 54
+    ref: Count
+    job: Annotated[JobId, Limit(max_len=256)]
+    claim: Count
+    round: Count
+    model: PayloadRef | None = None
+    state: PayloadRef | None = None
+    best: bool = False  # this commit's ``best_model`` (else its model) is the best so far
+    best_model: PayloadRef | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EndJob:
+    """job -> broker: the workflow returned or raised."""
+
+    KIND: ClassVar[int] = 55
+    ref: Count
+    job: Annotated[JobId, Limit(max_len=256)]
+    claim: Count
+    status: Literal["FINISHED:COMPLETED", "FINISHED:FAILED", "FINISHED:ABORTED"]
+    reason: Text = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """anyone -> broker: something to keep about a job (log, metric, state_lost); read back by Ask "events"."""
+
+    KIND: ClassVar[int] = 56
+    job: Annotated[JobId, Limit(max_len=256)]
+    kind: Name
+    site: Annotated[Site, Limit(max_len=256)] = Site("")
+    data: dict[str, Any] = field(default_factory=dict)
+    text: Text = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """anyone -> broker: a question or an order about jobs: "jobs", "job", "events", "rounds", "sites", "abort"."""
+
+    KIND: ClassVar[int] = 57
+    ref: Count
+    what: Name
+    job: Annotated[JobId, Limit(max_len=256)] = JobId("")
+    after: Count = 0
+    limit: Annotated[int, Limit(low=1, high=10_000)] = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """broker -> whoever asked. Tail: msgpack of what does not fit in the body."""
+
+    KIND: ClassVar[int] = 58
+    ref: Count
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """broker -> peer: a request was refused, and why. Fatal: the session is over."""
+
+    KIND: ClassVar[int] = 60
+    code: Name
+    text: Text
+    ref: Count = 0
+    about: Count = 0  # the sequence number of the message that caused it
+    fatal: bool = False
+
+
+Message = (
+    Hello | Welcome | Ping | Pong | Bye
+    | OpenGather | CloseGather | Receipt | Assign | Accept | Decline | Progress | Done | Fail | Cancel
+    | Put | Get | Grant | Chunk | Finish | Stored | Abort
+    | SubmitJob | ClaimJob | Claimed | Checkpoint | Commit | EndJob | Event | Ask | Answer
+    | Fault
+)  # fmt: skip
+
+KINDS: dict[int, type[Any]] = {cls.KIND: cls for cls in Message.__args__}
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """A message with its tail and the sender's sequence number, as it came off the wire."""
+
+    message: Message
+    tail: Buffer = b""
+    sequence: int = 0
+
+
+def encode(message: Message, tail: Buffer = b"", sequence: int = 0) -> list[Buffer]:
+    """The frames of a message.
+
+    Raises:
+        CodecError: the body is over 64 KiB: what is larger travels as a payload.
+    """
+    match message:
+        case Grant():
+            body = Grant.STRUCT.pack(bytes.fromhex(message.stream), message.epoch, message.next, message.limit)
+        case Chunk():
+            body = Chunk.STRUCT.pack(bytes.fromhex(message.stream), message.index, message.length, message.crc32)
+        case _:
+            body = pack(encode_fields(message))
+            if len(body) > MAX_BODY_BYTES:
+                raise CodecError(
+                    f"{type(message).__name__} of {len(body)} bytes; at most {MAX_BODY_BYTES}:"
+                    " shorten its metadata, or send it as a payload"
+                )
+    envelope = pack_envelope(message.KIND, sequence, body)
+    return [envelope, body, tail] if len(tail) else [envelope, body]
+
+
+def decode(frames: Sequence[Buffer], max_tail_bytes: int = MAX_TAIL_BYTES) -> Packet:
+    """A message out of its frames (without the routing id).
+
+    Raises:
+        EnvelopeError: the frames or the envelope are wrong.
+        CodecError: an unknown kind, or a body that is not that message.
+    """
+    check_frames(frames, max_tail_bytes)
+    envelope = unpack_envelope(frames[0], frames[1])
+    tail = frames[2] if len(frames) == 3 else b""
+    cls = KINDS.get(envelope.kind)
+    if cls is None:
+        raise CodecError(f"message kind {envelope.kind} is unknown to protocol 1")
+    body = frames[1]
+    if cls is Grant or cls is Chunk:
+        if len(body) != cls.STRUCT.size:
+            raise CodecError(f"{cls.__name__} of {len(body)} bytes; it has exactly {cls.STRUCT.size}")
+        stream, *rest = cls.STRUCT.unpack(body)
+        return Packet(cls(stream.hex(), *rest), tail, envelope.sequence)
+    return Packet(decode_fields(cls, unpack(body, max_bytes=MAX_BODY_BYTES)), tail, envelope.sequence)
