@@ -1,1 +1,1 @@
-"""TODO."""
+"""Pretends: the whole pipeline on one machine, forked from one warm process."""

@@ -1,0 +1,52 @@
+# Two commands: `make demo` and `make test`. Both build .venv themselves; all they need is Python 3.11 or newer.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SUPPORTED := import sys, venv; sys.exit(sys.version_info < (3, 11))
+# the first interpreter that is new enough and really starts
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	"$$p" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+
+.PHONY: demo test test-fast check bench clean distclean venv
+.DEFAULT_GOAL := demo
+
+demo: venv  ## a federated model, trained on real digits through the whole pipeline
+	$(BIN)/python examples/digits/job.py --workspace workspace
+
+test: venv  ## everything, processes and kill -9 included
+	$(BIN)/python -m pytest
+
+test-fast: venv  ## the tiers that start no processes: seconds
+	$(BIN)/python -m pytest -m "not process and not gpu"
+
+check: venv  ## lint, format, types, and which package may import which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+bench: venv  ## the figures of docs/performance.md, on this machine
+	$(BIN)/python benchmarks/rounds.py --json workspace/bench/rounds.json
+	$(BIN)/python benchmarks/bigmodel.py --json workspace/bench/bigmodel.json
+	$(BIN)/python benchmarks/report.py workspace/bench/rounds.json workspace/bench/bigmodel.json
+
+clean:  ## what runs and builds left behind, but not .venv
+	rm -rf workspace build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis .typing
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean  ## .venv too
+	rm -rf $(VENV)
+
+venv: $(STAMP) .typing/fedloom
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "fedloom needs Python 3.11 or newer with its venv module; none was found (or set PYTHON=/path/to/python)" >&2; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $(STAMP)
+
+# type checkers find the package under its own name here: the repository root is the package
+.typing/fedloom:
+	mkdir -p .typing
+	ln -sfn .. .typing/fedloom

@@ -1,0 +1,337 @@
+"""The payload streams of one link: uploads under grants, downloads into a sink. The link moves their frames."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import random
+import threading
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from ..serialization.digest import Digester
+from ..serialization.envelope import Buffer
+from ..serialization.errors import FaultError, PayloadError
+from ..serialization.messages import (
+    Abort,
+    Chunk,
+    Fault,
+    Finish,
+    Get,
+    Grant,
+    Message,
+    PayloadRef,
+    Put,
+    Stored,
+    Welcome,
+    encode,
+)
+from ..serialization.stream import ChunkPlan, Receiver, Sender
+
+#: ``sink(offset, data)``: where a download's chunks go, in order.
+Sink = Callable[[int, memoryview], None]
+
+#: Chunks that one stream may send in a turn before the others and the control link get theirs.
+_BURST = 4
+#: A Put or Get that nobody answered is repeated after this.
+_ASK_S = 5.0
+
+
+class Source:
+    """What an upload reads: a file, mapped, or buffers one after another, as one run of bytes."""
+
+    def __init__(self, source: Sequence[Buffer] | Path) -> None:
+        self._map: mmap.mmap | None = None
+        if isinstance(source, Path):
+            with source.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            buffers: list[memoryview] = [memoryview(self._map)]
+        else:
+            buffers = [memoryview(b).cast("B") for b in source if len(b)]
+        self.buffers = buffers
+        self._ends = list(accumulate(len(b) for b in buffers))
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Bytes ``start`` to ``stop``; a copy only where they span buffers."""
+        first = bisect_right(self._ends, start)
+        base = self._ends[first - 1] if first else 0
+        buffer = self.buffers[first]
+        if stop <= self._ends[first]:
+            return buffer[start - base : stop - base]
+        parts = [buffer[start - base :]]
+        while self._ends[first] < stop:
+            base = self._ends[first]
+            first += 1
+            parts.append(self.buffers[first][: stop - base])
+        return memoryview(b"".join(parts))
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.buffers = []
+        if self._map is not None:
+            with contextlib.suppress(BufferError):  # a frame may still be in ZeroMQ's hands: it frees the map
+                self._map.close()
+
+
+class Upload:
+    """A payload on its way to the broker."""
+
+    def __init__(self, put: Put, source: Source | None, local: Any) -> None:
+        self.put = put
+        self.stream = put.stream
+        self.source = source
+        self.done = threading.Event()
+        self.error: Exception | None = None
+        self.stored: PayloadRef | None = None
+        self._sender: Sender | None = None
+        self._chunk_bytes = 0
+        self._asked_at = float("-inf")
+        self._answered = False
+        self._finished = False
+        self._digest = put.payload.digest
+        if local is not None and source is not None:
+            # a co-located broker takes a finished file by its name; written in the caller's thread
+            self.put = _write_local(put, source, local.incoming_path)
+            self.source = None
+
+    def reconnect(self) -> None:
+        """The data link is new: ask again."""
+        self._asked_at = float("-inf")
+        self._answered = False
+        self._finished = False
+
+    def outgoing(self, now: float, welcome: Welcome) -> Iterator[Sequence[Buffer]]:
+        """The frames to send now."""
+        if not self._answered and now - self._asked_at > _ASK_S:
+            self._asked_at = now
+            yield encode(self.put)
+        if self.source is None or not self._answered:
+            return
+        if self._sender is None or self._chunk_bytes != welcome.chunk_bytes:
+            return
+        for _ in range(_BURST):
+            index = self._sender.next_chunk(now)
+            if index is None:
+                break
+            start, stop = self._sender.plan.span(index)
+            data = self.source.read(start, stop)
+            yield encode(Chunk(self.stream, index, len(data), zlib.crc32(data)), data)
+        if self._sender.sent_all and not self._finished:
+            self._finished = True
+            yield encode(Finish(self.stream, self._root()))
+
+    def wait_s(self, now: float) -> float:
+        """How long until this stream wants a turn without a message coming."""
+        if not self._answered:
+            return max(0.0, self._asked_at + _ASK_S - now)
+        sender = self._sender
+        if sender is None:
+            return 1.0
+        if sender.cursor < sender.limit:
+            return 0.0
+        return 1.0 if sender.deadline is None else max(0.0, sender.deadline - now)
+
+    def on_message(self, message: Message, tail: Buffer, now: float, welcome_chunk: int) -> None:
+        """A Grant, Stored, Abort or Fault about this stream."""
+        match message:
+            case Grant():
+                if self._sender is None or self._chunk_bytes != welcome_chunk:
+                    self._chunk_bytes = welcome_chunk
+                    self._sender = Sender(ChunkPlan(self.put.payload.size, welcome_chunk))
+                self._answered = True
+                before = self._sender.cursor
+                self._sender.on_grant(message.epoch, message.next, message.limit, now)
+                if self._sender.cursor < before or not self._sender.sent_all:
+                    self._finished = False
+                elif self._sender.done and self._finished:
+                    # everything arrived but the Finish may not have: a repeat is harmless
+                    self._finished = message.next < self._sender.plan.count
+            case Stored():
+                self.stored = message.payload
+                self.done.set()
+            case Abort() if message.retry_after_s > 0:
+                self._answered = False
+                self._asked_at = now + message.retry_after_s - _ASK_S
+            case Abort() | Fault():
+                text = message.reason if isinstance(message, Abort) else message.text
+                self.error = FaultError(message.code, text or f"the broker refused payload {self.put.payload.id}")
+                self.done.set()
+            case _:
+                pass
+
+    def _root(self) -> str:
+        if not self._digest and self.source is not None:
+            digester = Digester()
+            for buffer in self.source.buffers:
+                digester.update(buffer)
+            self._digest = digester.hexdigest()
+        return self._digest
+
+
+class Download:
+    """A payload on its way here."""
+
+    def __init__(self, stream: str, ref: PayloadRef, sink: Sink) -> None:
+        self.stream = stream
+        self.ref = ref
+        self.sink = sink
+        self.done = threading.Event()
+        self.error: Exception | None = None
+        self.stored: PayloadRef | None = None
+        self._receiver: Receiver | None = None
+        self._asked_at = float("-inf")
+        self._answered = False
+        self._grant_due = False
+        self._digester = Digester() if ref.digest else None
+
+    def reconnect(self) -> None:
+        """The data link is new: ask again, from the watermark."""
+        self._asked_at = float("-inf")
+        self._answered = False
+
+    def outgoing(self, now: float, welcome: Welcome) -> Iterator[Sequence[Buffer]]:
+        """The frames to send now."""
+        if self._receiver is None:
+            plan = ChunkPlan(self.ref.size, welcome.chunk_bytes)
+            self._receiver = Receiver(plan, welcome.window, random.randrange(1, 2**31), now=now)
+            if self._receiver.complete:
+                self._end()
+                return
+        if not self._answered and now - self._asked_at > _ASK_S:
+            self._asked_at = now
+            _, start, limit = self._receiver.grant()
+            yield encode(Get(self.stream, self.ref.id, start, limit))
+        elif self._grant_due or (self._answered and self._receiver.due(now)):
+            self._grant_due = False
+            yield encode(Grant(self.stream, *self._receiver.grant()))
+
+    def wait_s(self, now: float) -> float:
+        """How long until this stream wants a turn without a message coming."""
+        if self._receiver is None or self._grant_due:
+            return 0.0
+        deadline = self._receiver.deadline if self._answered else self._asked_at + _ASK_S
+        return 1.0 if deadline is None else max(0.0, deadline - now)
+
+    def on_message(self, message: Message, tail: Buffer, now: float, welcome_chunk: int) -> None:
+        """A Chunk, Finish, Abort or Fault about this stream."""
+        match message:
+            case Chunk() if self._receiver is not None and not self.done.is_set():
+                self._answered = True
+                arrival = self._receiver.on_chunk(message.index, tail, message.crc32, now)
+                self._grant_due = self._grant_due or arrival.grant
+                if arrival.accepted:
+                    self._take(arrival.start, memoryview(tail))
+            case Abort() if message.retry_after_s > 0:
+                self._answered = False
+                self._asked_at = now + message.retry_after_s - _ASK_S
+            case Abort() | Fault():
+                text = message.reason if isinstance(message, Abort) else message.text
+                self._fail(FaultError(message.code, text or f"the broker does not send payload {self.ref.id}"))
+            case _:
+                pass
+
+    def _take(self, start: int, data: memoryview) -> None:
+        try:
+            self.sink(start, data)
+        except Exception as error:  # noqa: BLE001 - foreign code: its error is raised to whoever asked for the stream
+            self._fail(error)
+            return
+        if self._digester is not None:
+            self._digester.update(data)
+        if self._receiver is not None and self._receiver.complete:
+            self._end()
+
+    def _end(self) -> None:
+        if self._digester is not None and self._digester.hexdigest() != self.ref.digest:
+            self._fail(PayloadError(f"payload {self.ref.id} arrived damaged: its digest is not {self.ref.digest}"))
+        self.done.set()
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        self.done.set()
+
+
+Stream = Upload | Download
+
+
+class Streams:
+    """All streams of a link; `add` and `remove` from any thread, the rest in the link's."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, Stream] = {}
+        self._held: list[Sequence[Buffer]] = []
+        self._ended: list[str] = []
+        self._lock = threading.Lock()
+        self._chunk_bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._streams)
+
+    def add(self, stream: Stream) -> None:
+        """A stream to be moved until it is done."""
+        with self._lock:
+            self._streams[stream.stream] = stream
+
+    def remove(self, stream: Stream) -> None:
+        """Forget it; what the other side still sends of it is ignored."""
+        with self._lock:
+            self._streams.pop(stream.stream, None)
+            if stream.error is not None or not stream.done.is_set():
+                self._ended.append(stream.stream)
+
+    def connected(self) -> None:
+        """The data link is up (again)."""
+        self._held.clear()
+        for stream in self._snapshot():
+            stream.reconnect()
+
+    def outgoing(self, now: float, welcome: Welcome) -> Iterator[Sequence[Buffer]]:
+        """Frames to send now, fairly over the streams. What could not be sent comes back through `unsend`."""
+        self._chunk_bytes = welcome.chunk_bytes
+        while self._held:
+            yield self._held.pop(0)
+        while self._ended:
+            yield encode(Abort(self._ended.pop(), "cancelled", "the peer gave it up"))
+        for stream in self._snapshot():
+            if not stream.done.is_set():
+                for frames in stream.outgoing(now, welcome):
+                    yield frames
+                    if self._held:
+                        return
+
+    def unsend(self, frames: Sequence[Buffer]) -> None:
+        """The socket was full: these frames go first next time."""
+        self._held.insert(0, frames)
+
+    def wait_s(self, now: float) -> float:
+        """How long the link may wait for messages before a stream wants a turn."""
+        if self._held:
+            return 0.005
+        if self._ended:
+            return 0.0
+        return min((s.wait_s(now) for s in self._snapshot() if not s.done.is_set()), default=1.0)
+
+    def on_message(self, message: Message, tail: Buffer, now: float) -> None:
+        """A message of the data link."""
+        stream = self._streams.get(getattr(message, "stream", ""))
+        if stream is not None:
+            stream.on_message(message, tail, now, self._chunk_bytes)
+
+    def _snapshot(self) -> list[Stream]:
+        with self._lock:
+            return list(self._streams.values())
+
+
+def _write_local(put: Put, source: Source, incoming_path: Callable[[str], Path]) -> Put:
+    name = f"{put.stream}.up"
+    with incoming_path(name).open("wb") as file:
+        for buffer in source.buffers:
+            file.write(buffer)
+    return replace(put, local=name)

@@ -1,0 +1,310 @@
+"""What a workflow works with: the committed model, gathers, commits. It keeps nothing that the broker does not have."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from ..broker.link import Link
+from ..serialization.digest import digest_buffers
+from ..serialization.envelope import Buffer
+from ..serialization.errors import FaultError, FencedError, JobError, LinkError
+from ..serialization.jobspec import JobSpec
+from ..serialization.messages import (
+    Cancel,
+    Checkpoint,
+    Claimed,
+    CloseGather,
+    CloseRule,
+    Commit,
+    CommitRef,
+    Done,
+    Event,
+    Failure,
+    Fault,
+    GatherId,
+    JobId,
+    Message,
+    OpenGather,
+    PayloadId,
+    PayloadRef,
+    Receipt,
+    Site,
+    Welcome,
+)
+from ..serialization.model import FLModel
+from ..serialization.payload import decode_model, encode_model
+from .gather import Gather, Result
+
+log = structlog.get_logger(__name__)
+
+#: Without a word from the broker for so long (the link is down all the while) the job process gives up; its claim is
+#: lost by then and another controller goes on.
+GIVE_UP_S = 120.0
+
+
+class JobAborted(FaultError):
+    """Somebody aborted the job; the process only has to leave."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("aborted", reason or "the job was aborted")
+
+
+class Inbox:
+    """Messages of the link's thread, on their way to the workflow's."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Message, Buffer]] = queue.SimpleQueue()
+
+    def put(self, message: Message, tail: Buffer) -> None:
+        """Called in the link's thread."""
+        self._queue.put((message, bytes(tail)))
+
+    def get(self, timeout_s: float) -> tuple[Message, Buffer] | None:
+        """The next message, or None when none came in time."""
+        try:
+            return self._queue.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+
+class Federation:
+    """The sites of a job, as its workflow sees them."""
+
+    def __init__(self, link: Link, inbox: Inbox, claimed: Claimed, spec: JobSpec, app_dir: Path) -> None:
+        self.job: JobId = claimed.job
+        self.claim = claimed.claim
+        self.spec = spec
+        self.seed = int(claimed.meta.get("seed", spec.seed))
+        self.commit_ref: CommitRef | None = claimed.commit
+        self.app_dir = app_dir
+        self.link = link
+        self._inbox = inbox
+        sites = claimed.meta.get("sites") or spec.sites or ()
+        self._sites: tuple[str, ...] = tuple(sites)
+        self._gathers: list[Gather] = []
+        self._model: tuple[FLModel, PayloadRef] | None = None
+
+    # ------------------------------------------------------------ models and rounds
+
+    def rounds(self, num_rounds: int) -> Iterator[int]:
+        """The numbers of the rounds still to do: it starts at the first one that is not committed."""
+        first = self.commit_ref.round + 1 if self.commit_ref else 0
+        yield from range(first, num_rounds)
+
+    def model(self, initial: str | None = None) -> FLModel:
+        """The last committed global model, or before the first commit the job's initial one.
+
+        Args:
+            initial: file name of the initial model in the job's app folder.
+
+        Raises:
+            JobError: there is no such file.
+        """
+        if self.commit_ref and self.commit_ref.model:
+            source = self.link.fetch(self.commit_ref.model)
+            model = decode_model(source, framework="numpy")
+            self._model = (model, self.commit_ref.model)
+            return model
+        if not initial:
+            raise JobError("the job has no initial model: give the recipe one (initial_model=...)")
+        path = self.app_dir / initial
+        if not path.is_file():
+            raise JobError(f"the job's initial model {initial} is not in its app folder")
+        return decode_model(path, framework="numpy")
+
+    def put_model(self, model: FLModel) -> PayloadRef:
+        """Store a model at the broker, once, addressed by its content."""
+        if self._model is not None and self._model[0] is model:
+            return self._model[1]
+        encoded = encode_model(model)
+        digest = digest_buffers(encoded.buffers)
+        ref = PayloadRef(PayloadId(f"b3-{digest}"), encoded.size, digest)
+        ref = self.link.put(ref, encoded.buffers, job=self.job, claim=self.claim)
+        self._model = (model, ref)
+        return ref
+
+    def put_blob(self, data: bytes) -> PayloadRef:
+        """Store bytes at the broker, addressed by their content."""
+        digest = digest_buffers([data])
+        ref = PayloadRef(PayloadId(f"b3-{digest}"), len(data), digest, "blob")
+        return self.link.put(ref, [data], job=self.job, claim=self.claim)
+
+    def put_partial(self, buffers: Sequence[Buffer], size: int, name: str) -> PayloadRef:
+        """Store an aggregate: a checkpoint."""
+        digest = digest_buffers(buffers)
+        ref = PayloadRef(PayloadId(f"p-{name}"), size, digest)
+        return self.link.put(ref, buffers, job=self.job, claim=self.claim)
+
+    def fetch(self, result: Result) -> Path | bytes:
+        """A result's bytes: a path that can be mapped, or the bytes themselves."""
+        return result.inline if result.payload is None else self.link.fetch(result.payload)
+
+    # ------------------------------------------------------------ gathers
+
+    def gather(
+        self,
+        name: str,
+        model: FLModel | None,
+        *,
+        round: int,
+        step: int = 0,
+        sites: Sequence[str] = (),
+        sample: int = 0,
+        rule: CloseRule | None = None,
+        fold: PayloadRef | None = None,
+        partials: bool = False,
+        config: dict[str, Any] | None = None,
+    ) -> Gather:
+        """Ask sites for one task each, and iterate over the answers as they come.
+
+        Args:
+            name: the task's name: "train", "evaluate", or one of your own.
+            model: what the sites get; None for a task without a model.
+            round, step: the key under which the gather is journaled, with ``name``. Opened again after a crash it
+                returns what was recorded.
+            sites: who takes part; empty: the job's sites, or every connected one.
+            sample: draw so many of them, from (job seed, round, step); 0: all.
+            rule: when it closes.
+            fold: the fold plan's payload, with which pools may fold before they send (``partials``).
+            config: plain data for the task.
+
+        Raises:
+            NondeterministicError: this key was opened before with another specification.
+        """
+        opening = OpenGather(
+            ref=0,
+            job=self.job,
+            claim=self.claim,
+            round=round,
+            step=step,
+            name=name,
+            rule=rule or CloseRule(),
+            payload=None if model is None else self.put_model(model),
+            fold=fold,
+            config=config or {},
+            partials=partials,
+            sample=sample,
+            seed=self.seed,
+        )
+        return self.open(opening, tuple(sites) or self._sites)
+
+    def open(self, opening: OpenGather, sites: tuple[str, ...]) -> Gather:
+        """Send an opening; the broker's Receipt comes through the inbox."""
+        gather = Gather(self, replace(opening, ref=self.link.next_ref()), sites)
+        self._gathers = [g for g in self._gathers if g.seen.state not in ("closed", "failed")]
+        self._gathers.append(gather)
+        self.link.send(*gather.message())
+        return gather
+
+    def close_gather(self, gather: Gather) -> None:
+        """Ask for the end of a gather; its Receipt comes through the inbox."""
+        if gather.id:
+            answer, _ = self.link.request(CloseGather(self.link.next_ref(), self.job, self.claim, gather.id))
+            if isinstance(answer, Receipt):
+                gather.on_receipt(answer)
+
+    def checkpoint(self, gather: Gather, payload: PayloadRef, covered: int) -> None:
+        """Make an aggregate durable; the payloads of the results it covers are freed in the same transaction."""
+        self.link.request(Checkpoint(self.link.next_ref(), self.job, self.claim, gather.id, payload, covered))
+
+    def commit(
+        self,
+        model: FLModel,
+        *,
+        round: int,
+        record: dict[str, Any] | None = None,
+        state: FLModel | None = None,
+        best: FLModel | None = None,
+    ) -> PayloadRef:
+        """Make a round durable: model, state, record and round number become visible together.
+
+        Args:
+            best: the model that is the best so far, if that changed with this round.
+
+        Raises:
+            FencedError: another controller has the job.
+        """
+        best_ref = None if best is None else self.put_model(best)
+        state_ref = None if state is None else self.put_model(state)
+        model_ref = self.put_model(model)
+        commit = Commit(
+            ref=self.link.next_ref(),
+            job=self.job,
+            claim=self.claim,
+            round=round,
+            model=model_ref,
+            state=state_ref,
+            best=best_ref is not None,
+            best_model=best_ref,
+            record=record or {},
+        )
+        self.link.request(commit)
+        self.commit_ref = CommitRef(round, model_ref, state_ref, best_ref, record or {})
+        log.info("round_committed", job=self.job, round=round)
+        return model_ref
+
+    def event(self, kind: str, text: str = "", *, site: str = "", **data: Any) -> None:
+        """Keep something about the job, for whoever asks for its events."""
+        self.link.send(Event(self.job, kind, Site(site), data, text[: 16 * 1024]))
+
+    # ------------------------------------------------------------ messages
+
+    def pump(self, gather: Gather) -> None:
+        """Wait for the broker's next word and hand it to the gather it is about."""
+        waited_since = time.monotonic()
+        while True:
+            got = self._inbox.get(1.0)
+            if got is not None:
+                self._dispatch(*got)
+                return
+            if self.link.state == "closed":
+                raise self.link.fatal or LinkError("the link to the broker was closed")
+            if self.link.state == "up":
+                waited_since = time.monotonic()
+            elif time.monotonic() - waited_since > GIVE_UP_S:
+                raise LinkError(f"no broker at {self.link.endpoint} for {GIVE_UP_S:g} s, in {gather.opening.name}")
+
+    def on_failure(self, gather: Gather, failure: Failure) -> None:
+        """A task ended without a result."""
+        log.warning(
+            "task_failed",
+            job=self.job,
+            round=gather.opening.round,
+            site=failure.site,
+            code=failure.code,
+            text=failure.text,
+        )
+
+    def _dispatch(self, message: Message, tail: Buffer) -> None:
+        match message:
+            case Receipt():
+                if (gather := self._find(message.gather, message.ref)) is not None:
+                    gather.on_receipt(message)
+            case Done():
+                if (gather := self._find(message.gather, 0)) is not None:
+                    gather.on_done(message, tail)
+            case Welcome():
+                for gather in self._gathers:
+                    if gather.seen.state not in ("closed", "failed"):
+                        self.link.send(*gather.message())
+            case Cancel():
+                raise JobAborted(message.reason)
+            case Fault(code="fenced"):
+                raise FencedError(message.code, message.text)
+            case Fault():
+                raise FaultError(message.code, message.text)
+            case _:
+                log.warning("unexpected_message", kind=type(message).__name__)
+
+    def _find(self, gather: GatherId, ref: int) -> Gather | None:
+        for known in self._gathers:
+            if known.id == gather or (ref and known.opening.ref == ref):
+                return known
+        return None

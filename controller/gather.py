@@ -1,0 +1,165 @@
+"""One gather, as the job process sees it: opened, its results in order, closed with an exact set."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from ..serialization.codec import pack
+from ..serialization.envelope import Buffer
+from ..serialization.errors import GatherError
+from ..serialization.messages import Done, DoneItem, Failure, GatherId, OpenGather, PayloadRef, Receipt
+
+if TYPE_CHECKING:
+    from .federation import Federation
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one Done brought: a single site's result, or a partial that stands for many.
+
+    Attributes:
+        start: the number of its first item in the gather; results are numbered in the order of their acceptance.
+        items: one a task; for a partial all that it covers.
+        payload: where the bytes are, or None with the bytes in ``inline``.
+    """
+
+    start: int
+    items: tuple[DoneItem, ...]
+    payload: PayloadRef | None
+    inline: bytes = b""
+    partial: bool = False
+
+    @property
+    def site(self) -> str:
+        """The site of a single result."""
+        return self.items[0].site
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The plain side of a single result: params_type, metrics, meta."""
+        return self.items[0].meta
+
+    @property
+    def size(self) -> int:
+        """Bytes of its payload."""
+        return self.payload.size if self.payload else len(self.inline)
+
+
+@dataclass(slots=True)
+class GatherState:
+    """What is known of a gather by now; `Gather` fills it."""
+
+    state: str = "waiting"
+    tasks: int = 0
+    results: int | None = None  # known once closed
+    reason: str = ""
+    failures: dict[str, Failure] = field(default_factory=dict[str, Failure])
+
+
+class Gather:
+    """Iterate over it for the results, in the order of their acceptance, until the gather is closed.
+
+    A replay after a crash yields the same results in the same order.
+    """
+
+    def __init__(self, federation: Federation, opening: OpenGather, sites: tuple[str, ...]) -> None:
+        self.opening = opening
+        self.id: GatherId = GatherId("")
+        self.seen = GatherState()
+        self.started_at = time.monotonic()
+        self.site_list = sites
+        self._federation = federation
+        self._arrived: deque[Result] = deque()
+        self._have = 0
+        self._redos = 0
+
+    # ------------------------------------------------------------ workflow side
+
+    def __iter__(self) -> Iterator[Result]:
+        while True:
+            while self._arrived:
+                yield self._arrived.popleft()
+            if self.seen.state == "closed" and self._have >= (self.seen.results or 0):
+                return
+            if self.seen.state == "failed":
+                raise GatherError(self._why_failed())
+            self._federation.pump(self)
+
+    def close(self) -> None:
+        """Close now with the results that are there; the rest of the tasks are cancelled."""
+        self._federation.close_gather(self)
+
+    def redo(self, sites: list[str], fold: PayloadRef | None) -> Gather:
+        """The same tasks of these sites again, singly: their results were in partials that cannot be folded again."""
+        self._redos += 1
+        log.info("gather_redo", round=self.opening.round, sites=len(sites))
+        return self._federation.open(
+            replace(
+                self.opening,
+                ref=0,
+                redo=self._redos,
+                fold=fold,
+                partials=False,
+                sample=0,
+                rule=replace(self.opening.rule, min_clients=len(sites)),
+            ),
+            tuple(sites),
+        )
+
+    @property
+    def failures(self) -> list[Failure]:
+        """Tasks that ended without a result, with the reason: for user code its own traceback."""
+        return list(self.seen.failures.values())
+
+    # ------------------------------------------------------------ wire side
+
+    def message(self) -> tuple[OpenGather, bytes]:
+        """The opening, for the first time or again after a reconnect: results behind ``have`` are sent (again)."""
+        tail = pack({"sites": list(self.site_list)}) if self.site_list else b""
+        return replace(self.opening, have=self._have), tail
+
+    def on_receipt(self, receipt: Receipt) -> None:
+        """The broker's word on the gather's state."""
+        self.id = receipt.gather
+        seen = self.seen
+        seen.state = receipt.state
+        seen.tasks = receipt.tasks or seen.tasks
+        seen.reason = receipt.reason
+        if receipt.state == "closed":
+            seen.results = receipt.results
+        for failure in receipt.failures:
+            if failure.task not in seen.failures:
+                seen.failures[failure.task] = failure
+                self._federation.on_failure(self, failure)
+
+    def on_done(self, done: Done, tail: Buffer) -> None:
+        """Results from the broker; those known already (a repeat after a reconnect) are passed over."""
+        if done.partial is not None:
+            start = done.items[0].index
+            if start == self._have:
+                inline = bytes(tail) if done.partial_inline_bytes else b""
+                self._take(Result(start, done.items, None if inline else done.partial, inline, partial=True))
+            return
+        offset = 0
+        for item in done.items:
+            inline = bytes(memoryview(tail)[offset : offset + item.inline_bytes])
+            offset += item.inline_bytes
+            if item.index == self._have:
+                self._take(Result(item.index, (item,), None if item.inline_bytes else item.payload, inline))
+
+    def _take(self, result: Result) -> None:
+        self._have += len(result.items)
+        self._arrived.append(result)
+
+    def _why_failed(self) -> str:
+        first = next(iter(self.seen.failures.values()), None)
+        where = f"round {self.opening.round}, {self.opening.name}: {self.seen.reason or 'too few results'}"
+        return where if first is None else f"{where}\n{first.site}: {first.code}\n{first.text}"

@@ -1,0 +1,136 @@
+"""A job's own process: claims, fetches the job's code, runs its workflows, and says how it ended.
+
+One job a process, so that a job's code cannot hurt another job. The process keeps nothing: killed at any instant,
+another one goes on from the last commit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+
+from ..broker.link import Link
+from ..serialization.archive import unpack_archive
+from ..serialization.errors import FaultError, FedloomError, FencedError, JobError, LinkError
+from ..serialization.faultpoints import fault_point
+from ..serialization.jobspec import JobSpec
+from ..serialization.messages import Claimed, ClaimJob, EndJob, Hello, JobId
+from ..serialization.processes import die_with_parent, setup_logging
+from .federation import Federation, Inbox, JobAborted
+from .workflow import Workflow
+
+log = structlog.get_logger(__name__)
+
+Status = Literal["FINISHED:COMPLETED", "FINISHED:FAILED"]
+
+#: Exit codes: the job has ended and the broker knows; or it has not, and whoever claims it next goes on.
+ENDED = 0
+FENCED = 3
+LOST = 4
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """What a job process needs to know."""
+
+    broker: str
+    job: str
+    claim: int
+    log_level: str = "info"
+    log_json: bool = False
+
+
+def run_job(request: JobRequest) -> int:
+    """Run a claimed job to its end; the exit code of its process."""
+    inbox = Inbox()
+    hello = Hello(
+        node=f"job/{request.job}/{request.claim}",
+        role="job",
+        boot=os.urandom(16).hex(),
+        job=JobId(request.job),
+        claim=request.claim,
+    )
+    link = Link(request.broker, hello, on_message=inbox.put)
+    work = Path(tempfile.mkdtemp(prefix="fedloom-job-"))
+    structlog.contextvars.bind_contextvars(job=request.job)
+    try:
+        link.start()
+        claimed, _ = link.request(ClaimJob(link.next_ref(), JobId(request.job), request.claim))
+        assert isinstance(claimed, Claimed)
+        status, reason = _run(link, inbox, claimed, work)
+        fault_point("job.before_end")
+        link.request(EndJob(link.next_ref(), claimed.job, claimed.claim, status, reason))
+        return ENDED
+    except JobAborted as error:
+        log.info("job_aborted", reason=str(error))
+        return ENDED
+    except FencedError as error:
+        log.warning("job_fenced", reason=str(error))
+        return FENCED
+    except (FaultError, LinkError) as error:
+        log.error("job_lost", reason=str(error))
+        return LOST
+    finally:
+        link.close("the job process ends")
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _run(link: Link, inbox: Inbox, claimed: Claimed, work: Path) -> tuple[Status, str]:
+    """The job's end: status and reason. Errors of the wire go to the caller, the job's own end the job."""
+    try:
+        fed = _prepare(link, inbox, claimed, work)
+        for component in fed.spec.workflows:
+            workflow = component.build()
+            if not isinstance(workflow, Workflow):
+                raise JobError(f"workflow {component.path} is a {type(workflow).__name__}, not a fedloom Workflow")
+            workflow.run(fed)
+    except (JobAborted, FencedError, LinkError):
+        raise
+    except FedloomError as error:
+        log.error("job_failed", error=type(error).__name__, reason=str(error))
+        return "FINISHED:FAILED", str(error)[: 15 * 1024]
+    except Exception:  # noqa: BLE001 - the job's own code may raise anything, and its traceback is the answer
+        text = traceback.format_exc()
+        log.error("job_failed", reason=text)
+        return "FINISHED:FAILED", text[-15 * 1024 :]
+    return "FINISHED:COMPLETED", ""
+
+
+def _prepare(link: Link, inbox: Inbox, claimed: Claimed, work: Path) -> Federation:
+    if claimed.archive is None:
+        raise JobError(f"job {claimed.job} has no archive")
+    unpack_archive(link.fetch(claimed.archive, dest=work / "job.tar"), work / "job")
+    spec = JobSpec.load(work / "job")
+    custom = spec.custom_dir(work / "job")
+    if custom.is_dir():
+        sys.path.insert(0, str(custom))
+    return Federation(link, inbox, claimed, spec, spec.app_dir(work / "job"))
+
+
+def main(request: dict[str, Any] | None = None) -> None:
+    """Entry of the process: ``python -m fedloom.controller.job JSON``, or forked with the request as a map."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process decides when it stops
+    values = json.loads(sys.argv[1]) if request is None else request
+    parsed = JobRequest(**values)
+    setup_logging(parsed.log_level, parsed.log_json)
+    sys.exit(run_job(parsed))
+
+
+def as_argument(request: JobRequest) -> str:
+    """The request as the argument of `main`'s command line."""
+    return json.dumps(asdict(request))
+
+
+if __name__ == "__main__":
+    main()

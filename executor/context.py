@@ -1,0 +1,89 @@
+"""What a function task is told beside its model, and how user code is called and its failure told."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from ..serialization.model import FLModel
+from .state import SiteState
+
+Report = Callable[[str, dict[str, Any]], None]
+
+
+def _no_report(kind: str, data: dict[str, Any]) -> None:
+    del kind, data
+
+
+@dataclass(slots=True)
+class TaskContext:
+    """One task at one site.
+
+    Attributes:
+        seed: of (job seed, round, step, site). Where a worker process runs the function, `random`, numpy and torch are
+            set from it already; embedded in a program of yours they are left alone: make generators from it.
+        state: what the site remembers between tasks, kept with the result.
+        config: what the workflow gave the task along.
+    """
+
+    site: str
+    job: str
+    task: str
+    round: int
+    total_rounds: int | None
+    seed: int
+    config: dict[str, Any] = field(default_factory=dict[str, Any])
+    state: SiteState = field(default_factory=lambda: SiteState(None))
+    report: Report = field(default=_no_report, repr=False)
+    _cancel: threading.Event = field(default_factory=threading.Event, repr=False)
+
+    @property
+    def cancelled(self) -> bool:
+        """True once nobody waits for this result any more: a long function may look and return early."""
+        return self._cancel.is_set()
+
+    def cancel(self) -> None:
+        """Called by the executor."""
+        self._cancel.set()
+
+    def log(self, key: str, value: Any, step: int | None = None) -> None:
+        """Record a metric of this site, kept with the job."""
+        if hasattr(value, "item") and callable(value.item):
+            value = value.item()
+        data: dict[str, Any] = {"key": key, "value": value, "type": "SCALAR", "round": self.round}
+        if step is not None:
+            data["global_step"] = step
+        self.report("event", {"kind": "metric", "data": data})
+
+    def progress(self, done: float, note: str = "") -> None:
+        """Tell how much of the task is done, from 0 to 1."""
+        self.report("progress", {"done": float(done), "note": note})
+
+
+TaskFunction = Callable[[FLModel, TaskContext], Any]
+
+
+def call_function(function: TaskFunction, model: FLModel, context: TaskContext) -> Any:
+    """Call a task function; an ``async def`` one gets a loop of its own."""
+    result = function(model, context)
+    return asyncio.run(result) if inspect.iscoroutine(result) else result
+
+
+def user_traceback(error: BaseException) -> str:
+    """A traceback without the frames that called user code."""
+    trace = error.__traceback__
+    own = trace
+    while trace is not None and _is_ours(trace.tb_frame):
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace or own))
+
+
+def _is_ours(frame: FrameType) -> bool:
+    name = frame.f_globals.get("__name__", "")
+    return name in ("runpy", "asyncio.runners", "asyncio.base_events") or name.startswith("fedloom.executor.")
