@@ -166,7 +166,10 @@ def verdict(gather: Gather, now: float) -> Verdict:
     got, left = len(gather.results), gather.left
     if got + left < rule.min_clients:
         if len(gather.tasks) < rule.min_clients:
-            return "failed", f"{len(gather.tasks)} sites for min_clients {rule.min_clients}: name more, or ask for fewer"
+            return (
+                "failed",
+                f"{len(gather.tasks)} sites for min_clients {rule.min_clients}: name more, or ask for fewer",
+            )
         return "failed", f"{rule.min_clients} results cannot be reached: {got} came, {len(gather.failed)} tasks failed"
     if left == 0:
         return "closed", ""

@@ -19,6 +19,26 @@ _HEADER = struct.Struct(">8sQ64s")
 _MAGIC = b"FDLMBLK1"
 
 
+class FileCheck:
+    """Digests a whole file some blocks at a time."""
+
+    def __init__(self, fd: int, size: int, name: str | None) -> None:
+        self.fd = fd
+        self.size = size
+        self.name = name  #: its name in ``incoming/``; None: it lies in ``payloads/`` already
+        self._digester = Digester()
+
+    def step(self, max_bytes: int) -> int:
+        """Read on; returns the bytes read, 0 at the end."""
+        data = os.pread(self.fd, min(max_bytes, BLOCK_BYTES), self._digester.size)
+        self._digester.update(data)
+        return len(data)
+
+    def hexdigest(self) -> str:
+        """The file's digest; "" when its length changed meanwhile."""
+        return self._digester.hexdigest() if self._digester.size == self.size else ""
+
+
 class IncomingFile:
     """The partial file of one payload id.
 

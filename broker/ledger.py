@@ -75,6 +75,7 @@ class SiteState:
 
     version: str = ""
     settled: int = 0
+    last: str = ""  # the task settled last, a redo counting as its original
 
 
 class Ledger:
@@ -120,7 +121,9 @@ class Ledger:
         if len(sites) > self.limits.max_tasks:
             raise FaultError("too_many", f"{len(sites)} sites; a gather may have {self.limits.max_tasks} (max_tasks)")
         if sum(g.job == message.job for g in self.gathers.values()) >= self.limits.max_gathers:
-            raise FaultError("too_many", f"{self.limits.max_gathers} gathers since the last commit (max_gathers): commit")
+            raise FaultError(
+                "too_many", f"{self.limits.max_gathers} gathers since the last commit (max_gathers): commit"
+            )
         gather = Gather(gid, strip(message), digest, tuple(Site(site) for site in sites), now)
         self.gathers[gid] = gather
         self.dirty_gathers[gid] = gather
@@ -178,6 +181,13 @@ class Ledger:
             self.adopt_task(gather, task, now)
             self.dirty_tasks[tid] = task
         self.check(gather, now)
+
+    def adopt_gather(self, gather: Gather, now: float) -> None:
+        """Take a journaled gather in; its tasks and results follow."""
+        self.gathers[gather.id] = gather
+        if gather.live:
+            for when in next_check(gather):
+                self._timer(max(now, when), "gather", gather.id)
 
     def adopt_task(self, gather: Gather, task: Task, now: float) -> None:
         """Take a new or journaled task into all indexes."""
@@ -386,12 +396,14 @@ class Ledger:
             task = self.current(node, ref)
             if task is not None:
                 kept.add(task.id)
-                if task.status == "leased":
-                    owner.leased.add(task.id)  # known only by the journal after the broker's own restart
-                    owner.unaccepted -= task.id in owner.leased and not task.accepted and owner.unaccepted > 0
-                    task.accepted = True
-                else:
+                if task.status == "queued":
                     self._lease(task, owner, now, accepted=True)
+                    continue
+                if task.id not in owner.leased:  # known only by the journal, after the broker's own restart
+                    owner.leased.add(task.id)
+                elif not task.accepted:
+                    owner.unaccepted -= 1
+                task.accepted = True
                 continue
             ended = self.tasks.get(ref.task)
             if ended is None or ended.status != "done" or ended.attempt != ref.attempt:
@@ -424,6 +436,8 @@ class Ledger:
 
     def _requeue(self, task: Task, now: float, code: str, text: str, *, counted: bool, delay: float | None) -> None:
         """Back to the queue. ``delay`` None: at once the first time (nothing says that the task is to blame)."""
+        if task.ended:
+            return
         gather = self.gathers[task.gather]
         self._unlease(task)
         task.status, task.accepted = "queued", False
@@ -444,7 +458,6 @@ class Ledger:
         gather = self.gathers[task.gather]
         task.code, task.text = code, text[:MAX_FAILURE_TEXT]
         gather.failed.append(task.id)
-        self.dirty_gathers[gather.id] = gather
         self.end_task(gather, task, status)
         self.check(gather, now)
 

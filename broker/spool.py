@@ -46,8 +46,8 @@ BLOCKS = ".blocks"
 class Landing:
     """A finished file of ``incoming/`` that is to become a payload.
 
-    ``fd``, where one is open, is synced in place of a fresh one, since it alone is sure to see every failed write. It is
-    closed.
+    ``fd``, where one is open, is synced in place of a fresh one, since it alone is sure to see every failed write.
+    It is closed.
     """
 
     name: str
@@ -138,23 +138,37 @@ class Spool:
         """Make a finished file of ``incoming/`` the payload; synced when this returns, as the durability says.
 
         Raises:
+            PayloadError: there is no such file any more.
             StorageError: the disk failed; nothing may be acknowledged any more.
         """
-        self.finish_all([Landing(name, payload, fd)])
+        if self.finish_all([Landing(name, payload, fd)]):
+            raise PayloadError(f"incoming file {name!r} is gone: write it again")
         return self.path(payload)
 
-    def finish_all(self, landings: Sequence[Landing]) -> None:
-        """`finish` many at once: each folder is synced once."""
+    def finish_all(self, landings: Sequence[Landing]) -> list[Landing]:
+        """`finish` many at once, each folder synced once. Returns those whose files were taken away or exchanged.
+
+        Raises:
+            StorageError: the disk failed; nothing may be acknowledged any more.
+        """
         folders: dict[Path, None] = {}
+        gone: list[Landing] = []
         try:
-            for landing in landings:
-                self._sync_file(landing)
-            for landing in landings:
-                target = self.path(landing.payload)
+            inodes = [self._sync_file(landing) for landing in landings]
+            for landing, inode in zip(landings, inodes, strict=True):
+                source, target = self.incoming_path(landing.name), self.path(landing.payload)
+                try:
+                    same = source.lstat().st_ino == inode
+                except FileNotFoundError:
+                    same = False
+                if not same:
+                    gone.append(landing)
+                    continue
                 self._make_folder(target.parent)
-                self.incoming_path(landing.name).replace(target)
+                source.replace(target)
                 folders[target.parent] = None
             self._sync_folders(folders)
+            return gone
         except OSError as error:
             raise StorageError(f"{error}: payloads in {self.root} could not be made durable") from error
 
@@ -252,11 +266,18 @@ class Spool:
                 fresh.unlink()
         return path.read_text().strip()
 
-    def _sync_file(self, landing: Landing) -> None:
-        fd = landing.fd if landing.fd is not None else self.open_incoming(landing.name, create=False)
+    def _sync_file(self, landing: Landing) -> int | None:
+        """Sync and close; the file's inode, None when it is not there."""
+        fd = landing.fd
+        if fd is None:
+            try:
+                fd = self.open_incoming(landing.name, create=False)
+            except FileNotFoundError:
+                return None
         try:
             if self.durability == "power":
                 os.fsync(fd)
+            return os.fstat(fd).st_ino
         finally:
             os.close(fd)
 

@@ -22,7 +22,7 @@ class Limits:
     digested: bool = True  # check digests; False: integrity "size", within one user in `sim`
     trust_local: bool = False  # take finished files by name
     max_payload_bytes: int = 1 << 40
-    max_streams: int = 512  # uploads at a time, and as many downloads
+    max_streams: int = 256  # uploads at a time, and as many downloads
     max_streams_per_peer: int = 64
     max_sessions: int = 65536
     stall_s: float = 30.0  # a stream without a new chunk for so long ends; its partial file stays

@@ -26,14 +26,13 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from ..serialization.digest import Digester
 from ..serialization.envelope import Buffer
 from ..serialization.errors import PayloadError, StorageError
 from ..serialization.faultpoints import fault_point
 from ..serialization.messages import Abort, Chunk, Finish, Grant, Message, PayloadRef, Put, Stored
 from ..serialization.stream import ChunkPlan, Receiver
-from .incoming import IncomingFile
-from .spool import PART, Landing, Spool
+from .incoming import FileCheck, IncomingFile
+from .spool import BLOCKS, PART, Landing, Spool
 from .transferlimits import CONTROL, Limits, Outgoing
 
 __all__ = ["Phase", "Uploads"]
@@ -42,7 +41,6 @@ log = structlog.get_logger(__name__)
 
 _CONTENT = "b3-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CHECK_READ_BYTES = 4 * 1024 * 1024
 
 
 class Phase(enum.Enum):
@@ -55,26 +53,6 @@ class Phase(enum.Enum):
     SYNCING = enum.auto()
     LANDED = enum.auto()
     WAITING = enum.auto()
-
-
-class FileCheck:
-    """Digests a whole file some blocks at a time."""
-
-    def __init__(self, fd: int, size: int, name: str | None) -> None:
-        self.fd = fd
-        self.size = size
-        self.name = name  #: its name in ``incoming/``; None: it lies in ``payloads/`` already
-        self._digester = Digester()
-
-    def step(self, max_bytes: int) -> int:
-        """Read on; returns the bytes read, 0 at the end."""
-        data = os.pread(self.fd, min(max_bytes, _CHECK_READ_BYTES), self._digester.size)
-        self._digester.update(data)
-        return len(data)
-
-    def hexdigest(self) -> str:
-        """The file's digest; "" when its length changed meanwhile."""
-        return self._digester.hexdigest() if self._digester.size == self.size else ""
 
 
 @dataclass(slots=True, eq=False)
@@ -144,7 +122,7 @@ class Uploads:
         """The files of ``incoming/`` that uploads stand on."""
         names = {upload.put.local for upload in self._by_key.values() if upload.put.local}
         for payload in self._by_payload:
-            names |= {payload + PART, payload + ".blocks"}
+            names |= {payload + PART, payload + BLOCKS}
         return names
 
     # ------------------------------------------------------------ from peers
@@ -250,9 +228,12 @@ class Uploads:
 
     # ------------------------------------------------------------ from the shell
 
-    def landed(self, key: str, now: float) -> None:
-        """The file is durable under its id."""
+    def landed(self, key: str, now: float, *, gone: bool = False) -> None:
+        """The file is durable under its id; or ``gone``: somebody took it away before."""
         upload = self._by_key.get(key)
+        if upload is not None and gone:
+            self._end(upload, "missing", "the payload's file was taken out of the spool's incoming folder")
+            return
         fault_point("data.after_file_before_row")
         if upload is not None:
             upload.phase = Phase.LANDED
@@ -273,7 +254,7 @@ class Uploads:
                     self._grant(upload, upload.receiver.grant(now))
 
     def work(self, max_bytes: int, now: float) -> int:
-        """Read on in files that are verified or checked, about ``max_bytes``; the bytes read, 0 when there is nothing."""
+        """Read on in files that are verified or checked, about ``max_bytes``; returns the bytes read."""
         total = 0
         for upload in self._reading():
             try:
@@ -401,14 +382,10 @@ class Uploads:
         upload.final = replace(upload.payload, digest=found)
         if check.name is None:
             os.close(check.fd)
-            self.landed_again(upload, now)
+            upload.phase = Phase.LANDED  # it was there before, only its row is missing
+            self._ask(upload, now)
         else:
             self._start_sync(upload, Landing(check.name, upload.payload.id, check.fd))
-
-    def landed_again(self, upload: Upload, now: float) -> None:
-        """The file was there before; only its row is missing."""
-        upload.phase = Phase.LANDED
-        self._ask(upload, now)
 
     def _open(self, upload: Upload, now: float) -> None:
         assert upload.file is not None
@@ -466,8 +443,12 @@ class Uploads:
             upload.route = None
         else:
             self._close(upload)
+            upload.route = None
 
     def _disk_failed(self, upload: Upload, error: OSError) -> None:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            self._end(upload, "busy", "too many open files: wait for a stream to end", self._limits.retry_s)
+            return
         if error.errno not in _FULL:
             raise StorageError(f"payload {upload.payload.id}: {error}") from error
         log.error("spool_full", payload=upload.payload.id, error=str(error))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import queue
+import secrets
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +42,7 @@ from ..serialization.messages import (
 )
 from ..serialization.model import FLModel
 from ..serialization.payload import decode_model, encode_model
-from .gather import Gather, Result
+from .gather import Gather
 
 log = structlog.get_logger(__name__)
 
@@ -89,7 +91,8 @@ class Federation:
         sites = claimed.meta.get("sites") or spec.sites or ()
         self._sites: tuple[str, ...] = tuple(sites)
         self._gathers: list[Gather] = []
-        self._model: tuple[FLModel, PayloadRef] | None = None
+        #: the models put or loaded last, so that none is encoded and hashed again
+        self._models: deque[tuple[FLModel, PayloadRef]] = deque(maxlen=3)
 
     # ------------------------------------------------------------ models and rounds
 
@@ -110,7 +113,7 @@ class Federation:
         if self.commit_ref and self.commit_ref.model:
             source = self.link.fetch(self.commit_ref.model)
             model = decode_model(source, framework="numpy")
-            self._model = (model, self.commit_ref.model)
+            self._models.append((model, self.commit_ref.model))
             return model
         if not initial:
             raise JobError("the job has no initial model: give the recipe one (initial_model=...)")
@@ -121,13 +124,14 @@ class Federation:
 
     def put_model(self, model: FLModel) -> PayloadRef:
         """Store a model at the broker, once, addressed by its content."""
-        if self._model is not None and self._model[0] is model:
-            return self._model[1]
+        for known, ref in self._models:
+            if known is model:
+                return ref
         encoded = encode_model(model)
         digest = digest_buffers(encoded.buffers)
         ref = PayloadRef(PayloadId(f"b3-{digest}"), encoded.size, digest)
         ref = self.link.put(ref, encoded.buffers, job=self.job, claim=self.claim)
-        self._model = (model, ref)
+        self._models.append((model, ref))
         return ref
 
     def put_blob(self, data: bytes) -> PayloadRef:
@@ -136,15 +140,27 @@ class Federation:
         ref = PayloadRef(PayloadId(f"b3-{digest}"), len(data), digest, "blob")
         return self.link.put(ref, [data], job=self.job, claim=self.claim)
 
-    def put_partial(self, buffers: Sequence[Buffer], size: int, name: str) -> PayloadRef:
+    def put_partial(self, buffers: Sequence[Buffer], size: int) -> PayloadRef:
         """Store an aggregate: a checkpoint."""
-        digest = digest_buffers(buffers)
-        ref = PayloadRef(PayloadId(f"p-{name}"), size, digest)
+        ref = PayloadRef(PayloadId(f"p-{secrets.token_hex(16)}"), size, digest_buffers(buffers))
         return self.link.put(ref, buffers, job=self.job, claim=self.claim)
 
-    def fetch(self, result: Result) -> Path | bytes:
-        """A result's bytes: a path that can be mapped, or the bytes themselves."""
-        return result.inline if result.payload is None else self.link.fetch(result.payload)
+    def local_path(self, ref: PayloadRef) -> Path | None:
+        """Where a payload can be mapped, if this process is co-located with the broker's spool."""
+        if self.link.local is None:
+            return None
+        path = self.link.local.payload_path(ref.id)
+        return path if path.is_file() else None
+
+    def fetch(self, ref: PayloadRef) -> Path | bytes:
+        """A payload: a path that can be mapped, or its bytes."""
+        return self.link.fetch(ref)
+
+    def state(self) -> FLModel | None:
+        """What the last commit's ``state`` was."""
+        if self.commit_ref is None or self.commit_ref.state is None:
+            return None
+        return decode_model(self.link.fetch(self.commit_ref.state), framework="numpy")
 
     # ------------------------------------------------------------ gathers
 

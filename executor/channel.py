@@ -113,7 +113,9 @@ class Channel:
             raise LinkError(f"the executor's channel {path} cannot be reached ({error}): it has ended") from None
         sock.settimeout(None)
         channel = cls(sock)
-        channel.send({"op": "hello", "token": token, "host": environ.get(ENV_HOST, ""), "role": role, "pid": os.getpid()})
+        channel.send(
+            {"op": "hello", "token": token, "host": environ.get(ENV_HOST, ""), "role": role, "pid": os.getpid()}
+        )
         return channel
 
     def send(self, message: Mapping[str, Any]) -> None:

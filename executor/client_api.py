@@ -12,6 +12,7 @@ in `init()` from the environment that the executor gave it. The loop is::
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import queue
@@ -311,6 +312,7 @@ def init(rank: str | int | None = None, config_file: str | None = None) -> None:
     context = ClientContext(channel, settings, on_lost=_die)
     install(context)
     _report_exceptions(context)
+    atexit.register(context.close)  # an end that Python went through, unlike os._exit or a signal
     seed_all(int(settings.get("seed", 0)), int(settings.get("threads", 0)))
 
 
@@ -418,4 +420,3 @@ def clear() -> None:
 def shutdown() -> None:
     """Take no more tasks: `is_running()` is False from now on."""
     _current().close()
-

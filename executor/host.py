@@ -7,7 +7,6 @@ executor: the kernel signals it, and it watches its channel.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import queue
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..serialization.errors import FedloomError, LinkError, TaskError
+from ..serialization.processes import die_with_parent
 from .channel import ENV_HOST, Channel, Map
 from .client_api import ClientContext, install, tail_text
 from .context import TaskContext, TaskFunction, call_function, user_traceback
@@ -30,12 +30,11 @@ from .taskio import TaskSpec, input_model, write_result
 #: The process that must stay alive, where it is this one's parent (a forked host's parent sees to it itself).
 ENV_PARENT = "FEDLOOM_PARENT"
 _START_S = 60.0
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
     """Run as `fedloom.executor.host:main` with the channel's variables in the environment. Returns the exit code."""
-    die_with_parent(signal.SIGKILL)
+    die_with_parent(_parent())
     try:
         channel = Channel.connect(os.environ, "host")
         start = channel.receive(_START_S)
@@ -54,13 +53,9 @@ def main() -> int:
             return 3
 
 
-def die_with_parent(signum: int) -> None:
-    """Ask the kernel for this signal when the parent dies, and end now if it has died already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0)
-    parent = os.environ.get(ENV_PARENT)
-    if parent and parent != str(os.getppid()):
-        os._exit(3)
+def _parent() -> int | None:
+    parent = os.environ.get(ENV_PARENT, "")
+    return int(parent) if parent.isdigit() else None
 
 
 def end_group() -> NoReturn:
@@ -274,7 +269,7 @@ def run_command(channel: Channel, start: Map) -> int:
 
     signal.signal(signal.SIGTERM, terminate)
     # not SIGKILL: this process has a group to take along, and only ever waits, so its handler runs at once
-    die_with_parent(signal.SIGTERM)
+    die_with_parent(_parent(), signal.SIGTERM)
     environ = {**os.environ, **{str(k): str(v) for k, v in start.get("environ", {}).items()}}
     environ.pop(ENV_PARENT, None)
     environ[ENV_HOST] = os.environ.get(ENV_HOST, "")
@@ -284,7 +279,7 @@ def run_command(channel: Channel, start: Map) -> int:
             cwd=start.get("cwd") or None,
             env=environ,
             stdin=subprocess.DEVNULL,
-            preexec_fn=_die_with_keeper,  # noqa: PLW1509 - one thread so far
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - one thread so far
         )
     except OSError as error:
         text = f"the command {' '.join(start['argv'])!r} cannot be started: {error}"
@@ -296,10 +291,6 @@ def run_command(channel: Channel, start: Map) -> int:
     with contextlib.suppress(LinkError):
         channel.send({"op": "exited", "code": code})
     return 0
-
-
-def _die_with_keeper() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def _watch(channel: Channel) -> None:

@@ -72,7 +72,9 @@ class FunctionExecutor:
     def __post_init__(self) -> None:
         _check(self)
         if not self.function.isidentifier():
-            raise JobError(f"function {self.function!r}; the name of a function in {self.task_script_path} belongs here")
+            raise JobError(
+                f"function {self.function!r}; the name of a function in {self.task_script_path} belongs here"
+            )
 
 
 Settings = ScriptExecutor | FunctionExecutor
@@ -99,7 +101,9 @@ def settings_of(component: Component) -> Settings:
     allowed = {item.name for item in fields(cls)}
     args: dict[str, Any] = component.args
     if unknown := sorted(set(args) - allowed):
-        raise JobError(f"executor {cls.__name__}: unknown {unknown[0]!r}; its arguments are {', '.join(sorted(allowed))}")
+        raise JobError(
+            f"executor {cls.__name__}: unknown {unknown[0]!r}; its arguments are {', '.join(sorted(allowed))}"
+        )
     try:
         return cls(**args)
     except TypeError as error:

@@ -1,8 +1,8 @@
 """The code that travels with a job: a script, and the modules beside it that it imports.
 
-Found by reading the source, never by running it: what `import x` names is taken along when ``x.py`` or a folder ``x`` lies
-beside the script (or beside the job script), and is read for imports in turn. What is imported by a computed name must be
-added by hand.
+Found by reading the source, never by running it: what `import x` names is taken along when ``x.py`` or a folder ``x``
+lies beside the script (or beside the job script), and is read for imports in turn. What is imported by a computed name
+must be added by hand.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ..serialization.errors import JobError
@@ -160,7 +159,7 @@ class ExchangeOptions:
 
     Attributes:
         framework: what `receive()` holds: ``numpy`` arrays or ``pytorch`` tensors.
-        server_expected_format: accepted for what it says; the server folds every dtype as it is, so nothing is converted.
+        server_expected_format: accepted; the server folds every dtype as it is, so nothing is converted.
         params_transfer_type: FULL or DIFF; the difference is taken on the site.
     """
 
@@ -255,11 +254,6 @@ def refuse_later(recipe: str, options: Mapping[str, object]) -> None:
         harmless, instead = LATER[name]
         plain = getattr(value, "value", value)
         if not any(type(plain) is type(item) and plain == item for item in harmless):
-            raise JobError(f"{recipe}: {name}={value!r} is not built yet in this version of fedloom; until then {instead}")
-
-
-def file_beside(path: str | Path, folders: list[Path]) -> Path | None:
-    """The first of the folders' files of this name, or the path itself where it is absolute."""
-    wanted = Path(path).expanduser()
-    candidates = [wanted] if wanted.is_absolute() else [folder / wanted for folder in folders]
-    return next((candidate.resolve() for candidate in candidates if candidate.exists()), None)
+            raise JobError(
+                f"{recipe}: {name}={value!r} is not built yet in this version of fedloom; until then {instead}"
+            )

@@ -1,13 +1,15 @@
 """msgpack bodies to frozen dataclasses and back: parse, don't validate.
 
-What comes out of `decode_fields` is typed and bounded; nothing else of the wire reaches the rest of the program. A field's
-type is its schema. Unknown keys are ignored (a newer minor may send them), missing ones take the field's default, and a
-required one that is missing is an error. msgpack alone would let pass duplicate keys, extension types and NaN: refused.
+What comes out of `decode_fields` is typed and bounded; nothing else of the wire reaches the rest of the program. A
+field's type is its schema. Unknown keys are ignored (a newer minor may send them), missing ones take the field's
+default, and a required one that is missing is an error. msgpack alone would let pass duplicate keys, extension types
+and NaN: refused, on the way out as on the way in, so that a sender learns of it and not a receiver.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -30,21 +32,33 @@ MAX_DEPTH = 16
 
 
 class Limit:
-    """An `Annotated` marker: the largest length of a text, bytes or list, or the range of a number."""
+    """An `Annotated` marker: the largest length of a text, bytes or list, what a text matches, or a number's range."""
 
-    __slots__ = ("high", "low", "max_len")
+    __slots__ = ("high", "low", "max_len", "pattern")
 
-    def __init__(self, max_len: int | None = None, low: float | None = None, high: float | None = None) -> None:
+    def __init__(
+        self,
+        max_len: int | None = None,
+        low: float | None = None,
+        high: float | None = None,
+        pattern: str | None = None,
+    ) -> None:
         self.max_len = max_len
         self.low = low
         self.high = high
+        self.pattern = None if pattern is None else re.compile(pattern)
 
 
 def pack(value: object) -> bytes:
-    """Plain data as msgpack."""
-    packed = msgpack.packb(value, use_bin_type=True)
-    assert packed is not None
-    return packed
+    """Plain data as msgpack.
+
+    Raises:
+        CodecError: a type, an integer over 64 bits or a text that msgpack cannot hold.
+    """
+    try:
+        return msgpack.packb(value, use_bin_type=True)  # pyright: ignore
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CodecError(f"data that msgpack cannot hold: {error}") from None
 
 
 def unpack(data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_TEXT) -> Any:
@@ -56,7 +70,7 @@ def unpack(data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_TEXT) -
     if len(data) > max_bytes:
         raise CodecError(f"{len(data)} bytes of msgpack; at most {max_bytes} here")
     try:
-        value = msgpack.unpackb(
+        unpacked: Any = msgpack.unpackb(  # pyright: ignore
             data,
             raw=False,
             strict_map_key=True,
@@ -71,23 +85,29 @@ def unpack(data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_TEXT) -
         raise
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise CodecError(f"malformed msgpack: {error or type(error).__name__}") from None
-    check_plain(value)
-    return value
+    check_plain(unpacked)
+    return typing.cast("Any", unpacked)
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     out: dict[Any, Any] = {}
     for key, value in pairs:
         if not isinstance(key, str):
-            raise CodecError(f"map key {key!r}; only text is allowed")
+            raise CodecError(f"map key {show(key)}; only text is allowed")
         if key in out:
-            raise CodecError(f"map key {key!r} twice")
+            raise CodecError(f"map key {show(key)} twice")
         out[key] = value
     return out
 
 
 def _no_ext(code: int, data: bytes) -> Any:
     raise CodecError(f"msgpack extension type {code} ({len(data)} bytes); none is allowed")
+
+
+def show(value: object) -> str:
+    """A value for an error message, cut short: a stranger may have chosen it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_plain(value: Any, depth: int = 0) -> None:
@@ -104,20 +124,24 @@ def check_plain(value: Any, depth: int = 0) -> None:
         case float():
             if not math.isfinite(value):
                 raise CodecError(f"{value} in a message; numbers must be finite")
-        case list():
+        case list() | tuple():
             for item in typing.cast("list[Any]", value):
                 check_plain(item, depth + 1)
         case dict():
             for key, item in typing.cast("dict[Any, Any]", value).items():
                 if not isinstance(key, str):
-                    raise CodecError(f"map key {key!r}; only text is allowed")
+                    raise CodecError(f"map key {show(key)}; only text is allowed")
                 check_plain(item, depth + 1)
         case _:
             raise CodecError(f"{type(value).__name__} in a message; allowed are numbers, text, bytes, lists and maps")
 
 
 def encode_fields(message: Any) -> dict[str, Any]:
-    """A dataclass as a map: fields that hold their default stay out, nested dataclasses become maps."""
+    """A dataclass as a map: fields that hold their default stay out, nested dataclasses become maps.
+
+    Raises:
+        CodecError: a map of the user's that holds what a message must not, or a number that is not finite.
+    """
     out: dict[str, Any] = {}
     for field in fields(message):
         value = getattr(message, field.name)
@@ -132,7 +156,9 @@ def _plain(value: Any) -> Any:
         return encode_fields(value)
     if isinstance(value, tuple):
         return [_plain(item) for item in typing.cast("tuple[Any, ...]", value)]
-    return value
+    if isinstance(value, (dict, float)):
+        check_plain(value)
+    return typing.cast("Any", value)
 
 
 def decode_fields(cls: type[T], data: Any, where: str = "") -> T:
@@ -219,7 +245,7 @@ def _dict_parser(item: Parser) -> Parser:
 def _literal_parser(allowed: tuple[Any, ...]) -> Parser:
     def parse(value: Any, where: str) -> Any:
         if value not in allowed:
-            raise CodecError(f"{where}: {value!r}; one of {', '.join(map(repr, allowed))} belongs here")
+            raise CodecError(f"{where}: {show(value)}; one of {', '.join(map(repr, allowed))} belongs here")
         return value
 
     return parse
@@ -229,17 +255,19 @@ def _scalar_parser(hint: Any, limit: Limit | None) -> Parser:
     most = MAX_TEXT if limit is None or limit.max_len is None else limit.max_len
     low = limit.low if limit else None
     high = limit.high if limit else None
+    pattern = limit.pattern if limit else None
 
     def parse(value: Any, where: str) -> Any:
         # bool is an int to Python and must not pass for one; an int may stand for a float
-        kind = type(value)
-        if hint is float and kind is int:
+        if hint is float and type(value) is int:
             value = float(value)
-        elif kind is not hint:
-            raise CodecError(f"{where}: {kind.__name__} where {hint.__name__} belongs")
+        elif type(value) is not hint:
+            raise CodecError(f"{where}: {type(value).__name__} where {hint.__name__} belongs")
         if hint in (str, bytes):
             if len(value) > most:
                 raise CodecError(f"{where}: {len(value)} long; at most {most}")
+            if pattern is not None and not pattern.fullmatch(value):
+                raise CodecError(f"{where}: {show(value)} is not of the form {pattern.pattern}")
         elif (low is not None and value < low) or (high is not None and value > high):
             raise CodecError(f"{where}: {value} is outside {low} to {high}")
         return value

@@ -127,14 +127,16 @@ def widen(raw: Array, name: str, out: Array) -> None:
         raise LayoutError(f"{raw.nbytes} bytes of {name} for {out.size} elements; {wanted} belong there")
     if out.dtype.char not in "fd":
         raise LayoutError(f"widening into {out.dtype}; only float32 and float64 are allowed")
-    if name == "BF16":
-        _widen_bf16(raw, out)
-    elif name == "F16":
-        _look_up(raw.view(np.uint16), _f16_values(), out)
-    elif entry.bits == 8:
-        _look_up(raw.view(np.uint8), _byte_values(name), out)
-    else:
-        np.copyto(out, raw.view(entry.numpy), casting="same_kind")
+    # a cast of NaN or of a large F64 warns; whether a result's values are finite is for the fold to say
+    with np.errstate(invalid="ignore", over="ignore"):
+        if name == "BF16":
+            _widen_bf16(raw, out)
+        elif name == "F16":
+            _look_up(raw.view(np.uint16), _f16_values(), out)
+        elif entry.bits == 8:
+            _look_up(raw.view(np.uint8), _byte_values(name), out)
+        else:
+            np.copyto(out, raw.view(entry.numpy), casting="same_kind")
 
 
 def _widen_bf16(raw: Array, out: Array) -> None:

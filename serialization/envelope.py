@@ -71,6 +71,6 @@ def check_frames(frames: Sequence[Buffer], max_tail_bytes: int = MAX_TAIL_BYTES)
     if len(frames) not in (2, 3):
         raise EnvelopeError(f"{len(frames)} frames; a message has 2 or 3")
     if len(frames[1]) > MAX_BODY_BYTES:
-        raise EnvelopeError(f"body of {len(frames[1])} bytes; at most {MAX_BODY_BYTES}: larger data travels as a payload")
+        raise EnvelopeError(f"body of {len(frames[1])} bytes; at most {MAX_BODY_BYTES}: more travels as a payload")
     if len(frames) == 3 and len(frames[2]) > max_tail_bytes:
         raise EnvelopeError(f"tail of {len(frames[2])} bytes; at most {max_tail_bytes} on this link")

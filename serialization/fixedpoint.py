@@ -202,7 +202,9 @@ class FixedSums:
                 combine(block, BIAS, out=block)
                 continue
             scaled = self._scaled[: last - first]
-            np.copyto(scaled, values)  # widening first and apart: a mixed multiplication goes through numpy's slow buffer
+            np.copyto(
+                scaled, values
+            )  # widening first and apart: a mixed multiplication goes through numpy's slow buffer
             np.multiply(scaled, scale, out=scaled)
             np.add(scaled, MAGIC, out=scaled)
             combine(block, scaled.view(np.int64), out=block)

@@ -17,12 +17,12 @@ import numpy as np
 
 from .codec import pack, unpack
 from .digest import digest_buffers
-from .dtypes import DTYPES, from_numpy, is_float, is_int
+from .dtypes import DTYPES, is_float, is_int
 from .envelope import Buffer
 from .errors import CodecError, FoldError, LayoutError, ValuesError, WeightError
 from .fixedpoint import BLOCK, MAX_VALUE, Q_MAX, Q_MIN, RESULT_BITS, Widener, exponent_for, largest_magnitude
 from .header import MAX_TENSORS
-from .tensors import as_numpy
+from .tensors import raw_bytes, spec_of
 
 Kind = Literal["FULL", "DIFF"]
 
@@ -107,7 +107,11 @@ class FoldPlan:
 
     def __post_init__(self) -> None:
         for site, weight in self.aggregation_weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+            if (
+                isinstance(weight, bool)
+                or not isinstance(weight, (int, float))
+                or not MIN_WEIGHT <= weight <= MAX_WEIGHT
+            ):
                 raise WeightError(
                     f"aggregation weight {weight!r} of {site}; a positive number from 2^-64 to 2^64 belongs there."
                     " To leave a site out, give the round's sites without it"
@@ -152,9 +156,8 @@ class FoldPlan:
         if not base:
             raise LayoutError("a model without tensors; there is nothing to aggregate")
         widener = Widener()
-        arrays = {name: as_numpy(base[name]) for name in sorted(base)}
-        tensors = tuple(PlanTensor(name, _dtype(name, array), array.shape) for name, array in arrays.items())
-        base_max = tuple(_max_of(tensor, arrays[tensor.name], widener) for tensor in tensors)
+        tensors = tuple(_plan_tensor(name, base[name]) for name in sorted(base))
+        base_max = tuple(_max_of(tensor, base[tensor.name], widener) for tensor in tensors)
         least = max(_LEAST_PART * max(base_max), _LEAST)
         magnitudes = tuple(max(value, least) for value in base_max)
         return FoldPlan(
@@ -333,21 +336,24 @@ def _tensor(name: Any, dtype: Any, shape: Any) -> PlanTensor:
     return PlanTensor(name, dtype, tuple(dims))
 
 
-def _dtype(name: str, array: Any) -> str:
-    dtype = from_numpy(array.dtype).name
+def _plan_tensor(name: str, value: Any) -> PlanTensor:
+    dtype, shape = spec_of(value)
     if not is_float(dtype) and not is_int(dtype) and dtype != "BOOL":
-        raise LayoutError(f"tensor {name!r} is {dtype}, which cannot be averaged: store real and imaginary parts as floats")
-    return dtype
+        raise LayoutError(
+            f"tensor {name!r} is {dtype}, which cannot be averaged: store real and imaginary parts as floats"
+        )
+    return PlanTensor(name, dtype, shape)
 
 
-def _max_of(tensor: PlanTensor, array: Any, widener: Widener) -> float:
-    if not is_float(tensor.dtype):
+def _max_of(tensor: PlanTensor, value: Any, widener: Widener) -> float:
+    if not is_float(tensor.dtype) or not tensor.items:
         return 0.0
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    raw = np.frombuffer(raw_bytes(value), np.uint8)
     size = BLOCK * DTYPES[tensor.dtype].itemsize
     largest = 0.0
-    for start in range(0, flat.size, size):
-        largest = max(largest, largest_magnitude(widener.read(flat[start : start + size], tensor.dtype)))
-        if not largest <= MAX_VALUE:
+    for start in range(0, raw.size, size):
+        magnitude = largest_magnitude(widener.read(raw[start : start + size], tensor.dtype))
+        if not magnitude <= MAX_VALUE:
             raise ValuesError(f"the global model's tensor {tensor.name!r} holds NaN, Inf or a value beyond 2^900")
+        largest = max(largest, magnitude)
     return largest

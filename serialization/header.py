@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn, cast
 
 from blake3 import blake3
 
-from .codec import pack
+from .codec import pack, show
 from .dtypes import DTYPES, ORDER, SUB_BYTE, DType
 from .envelope import Buffer
 from .errors import HeaderError
@@ -208,7 +208,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise HeaderError(f"name {_show(key)} twice; each name is one tensor's")
+                raise HeaderError(f"name {show(key)} twice; each name is one tensor's")
             seen.add(key)
     return out
 
@@ -220,7 +220,7 @@ def _whole(digits: str) -> int:
 
 
 def _no_number(text: str) -> NoReturn:
-    raise HeaderError(f"number {_show(text)}; shapes and offsets are whole numbers")
+    raise HeaderError(f"number {show(text)}; shapes and offsets are whole numbers")
 
 
 def _read_entry(name: str, entry: Any) -> TensorInfo:
@@ -229,7 +229,7 @@ def _read_entry(name: str, entry: Any) -> TensorInfo:
         raise HeaderError(f"tensor {name!r}: {type(entry).__name__} where a map belongs")
     fields = cast("dict[str, Any]", entry)
     if fields.keys() != _ENTRY_KEYS:
-        raise HeaderError(f"tensor {name!r}: keys {_show(sorted(fields))}; exactly {sorted(_ENTRY_KEYS)} belong there")
+        raise HeaderError(f"tensor {name!r}: keys {show(sorted(fields))}; exactly {sorted(_ENTRY_KEYS)} belong there")
     dtype = _dtype(name, fields["dtype"])
     shape = _check_shape(name, fields["shape"])
     offsets = fields["data_offsets"]
@@ -250,24 +250,24 @@ def _read_entry(name: str, entry: Any) -> TensorInfo:
 def _check_name(name: str) -> None:
     # "/" is common in names; a path out of a folder is not, and tools that unpack a file by its names trust them
     if not 0 < len(name) <= MAX_NAME:
-        raise HeaderError(f"tensor name of {len(name)} characters; 1 to {MAX_NAME} are allowed: {_show(name)}")
+        raise HeaderError(f"tensor name of {len(name)} characters; 1 to {MAX_NAME} are allowed: {show(name)}")
     if not name.isprintable():
-        raise HeaderError(f"tensor name {_show(name)}; only printable characters are allowed")
+        raise HeaderError(f"tensor name {show(name)}; only printable characters are allowed")
     if name == METADATA or ".." in name.replace("\\", "/").split("/"):
-        raise HeaderError(f"tensor name {_show(name)} is not allowed")
+        raise HeaderError(f"tensor name {show(name)} is not allowed")
 
 
 def _dtype(name: str, dtype: Any) -> DType:
     entry = DTYPES.get(dtype) if type(dtype) is str else None
     if entry is None:
         advice = ": elements must be whole bytes" if type(dtype) is str and dtype in SUB_BYTE else ""
-        raise HeaderError(f"tensor {name!r}: dtype {_show(dtype)}; allowed are {', '.join(DTYPES)}{advice}")
+        raise HeaderError(f"tensor {name!r}: dtype {show(dtype)}; allowed are {', '.join(DTYPES)}{advice}")
     return entry
 
 
 def _check_shape(name: str, shape: Any) -> tuple[int, ...]:
     if type(shape) is not list:
-        raise HeaderError(f"tensor {name!r}: shape {_show(shape)}; a list of whole numbers belongs there")
+        raise HeaderError(f"tensor {name!r}: shape {show(shape)}; a list of whole numbers belongs there")
     dims = cast("list[Any]", shape)
     if len(dims) > MAX_RANK:
         raise HeaderError(f"tensor {name!r} with {len(dims)} dimensions; at most {MAX_RANK}")
@@ -277,7 +277,7 @@ def _check_shape(name: str, shape: Any) -> tuple[int, ...]:
 def _check_count(name: str, what: str, value: Any) -> int:
     # bool is an int to Python and must not pass for one
     if type(value) is not int or not 0 <= value <= MAX_DATA_BYTES:
-        raise HeaderError(f"tensor {name!r}: {what} {_show(value)}; whole numbers of 0 to {MAX_DATA_BYTES} are allowed")
+        raise HeaderError(f"tensor {name!r}: {what} {show(value)}; whole numbers of 0 to {MAX_DATA_BYTES} are allowed")
     return value
 
 
@@ -293,7 +293,7 @@ def _check_metadata(metadata: Any) -> dict[str, str]:
         raise HeaderError(f"{METADATA}: {type(metadata).__name__} where a map of text belongs")
     for key, value in cast("dict[Any, Any]", metadata).items():
         if type(key) is not str or not 0 < len(key) <= MAX_NAME or not key.isprintable():
-            raise HeaderError(f"{METADATA}: key {_show(key)}; 1 to {MAX_NAME} printable characters are allowed")
+            raise HeaderError(f"{METADATA}: key {show(key)}; 1 to {MAX_NAME} printable characters are allowed")
         if type(value) is not str:
             raise HeaderError(f"{METADATA}: {key!r} is a {type(value).__name__}; only text is allowed")
         try:
@@ -301,9 +301,3 @@ def _check_metadata(metadata: Any) -> dict[str, str]:
         except UnicodeEncodeError:
             raise HeaderError(f"{METADATA}: {key!r} holds half a surrogate pair; only text is allowed") from None
     return cast("dict[str, str]", metadata)
-
-
-def _show(value: object) -> str:
-    """A stranger's value for an error message, cut short."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

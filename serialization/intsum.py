@@ -143,7 +143,9 @@ class IntSum:
             rounded = self._mean_of_block(first, last, denominator, below)
             limits = np.iinfo(self._dtype)
             if rounded.min() < limits.min or rounded.max() > limits.max:
-                raise ValuesError(f"a mean of integers is outside {limits.min} to {limits.max}, the range of {self._dtype}")
+                raise ValuesError(
+                    f"a mean of integers is outside {limits.min} to {limits.max}, the range of {self._dtype}"
+                )
             out[first - start : last - start] = rounded
         return out
 
@@ -188,7 +190,9 @@ def check_limbs(lowest: int, limbs: Sequence[Ints]) -> None:
         raise FoldError(f"limbs {lowest} to {lowest + len(limbs)} of an integer sum; they lie in 0 to {MAX_LIMBS}")
     for limb in limbs:
         if limb.size and not (-_MAX_LIMB < int(limb.min()) and int(limb.max()) < _MAX_LIMB):
-            raise FoldError(f"an integer sum with limbs beyond {_MAX_LIMB}; its carries must be passed on before it is sent")
+            raise FoldError(
+                f"an integer sum with limbs beyond {_MAX_LIMB}; its carries must be passed on before it is sent"
+            )
 
 
 def _digits_of(dtype: np.dtype[Any]) -> int:

@@ -1,7 +1,7 @@
 """Every message of the protocol, a frozen dataclass each; `docs/protocol.md` tells the conversation.
 
-`KINDS` maps the kind number in the envelope to its class. Numbers are never used again and a key never changes its type.
-``ref`` correlates a request with its answer; 0 means that none is expected.
+`KINDS` maps the kind number in the envelope to its class. Numbers are never used again and a key never changes its
+type. ``ref`` correlates a request with its answer; 0 means that none is expected.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NewType
 
-from .codec import Limit, decode_fields, encode_fields, pack, unpack
+from .codec import Limit, decode_fields, encode_fields, pack, show, unpack
 from .envelope import MAX_BODY_BYTES, MAX_TAIL_BYTES, Buffer, check_frames, pack_envelope, unpack_envelope
 from .errors import CodecError
 
@@ -26,11 +26,23 @@ INLINE_BYTES = 32 * 1024
 #: One message's inline results together.
 INLINE_TOTAL_BYTES = 256 * 1024
 
+_STREAM_BYTES = 16
+
 Name = Annotated[str, Limit(max_len=256)]
 Short = Annotated[str, Limit(max_len=1024)]
 Text = Annotated[str, Limit(max_len=16 * 1024)]
 Count = Annotated[int, Limit(low=0, high=2**53)]
 Seconds = Annotated[float, Limit(low=0, high=10 * 365 * 86400)]
+# Ids become the names of files and folders on the other side: none of them may lead elsewhere.
+_FILE = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_OPTIONAL_FILE = f"(?:{_FILE})?"
+_OPTIONAL_FOLDER = r"(?:[^\x00-\x1f\x7f/\\.][^\x00-\x1f\x7f/\\]*)?"
+_Job = Annotated[JobId, Limit(max_len=256, pattern=_OPTIONAL_FOLDER)]
+_SiteName = Annotated[Site, Limit(max_len=256, pattern=_OPTIONAL_FOLDER)]
+_Task = Annotated[TaskId, Limit(max_len=64, pattern=_OPTIONAL_FILE)]
+_Gather = Annotated[GatherId, Limit(max_len=64, pattern=_OPTIONAL_FILE)]
+_Payload = Annotated[PayloadId, Limit(max_len=128, pattern=_FILE)]
+_Stream = Annotated[str, Limit(max_len=32, pattern="(?:[0-9a-f]{32})?")]
 Role = Literal["executor", "controller", "job", "client"]
 
 
@@ -38,7 +50,7 @@ Role = Literal["executor", "controller", "job", "client"]
 class TaskRef:
     """One attempt at one task; the attempt is the fencing token."""
 
-    task: Annotated[TaskId, Limit(max_len=64)]
+    task: _Task
     attempt: Annotated[int, Limit(low=1, high=2**31)]
 
 
@@ -49,7 +61,7 @@ class PayloadRef:
     ``digest`` is the hex BLAKE3 root over 4 MiB blocks, or "" where `integrity = "size"` holds or it is not known yet.
     """
 
-    id: Annotated[PayloadId, Limit(max_len=128)]
+    id: _Payload
     size: Count
     digest: Annotated[str, Limit(max_len=64)] = ""
     type: Literal["tensors", "blob"] = "tensors"
@@ -70,7 +82,7 @@ class Hello:
     session: Annotated[str, Limit(max_len=64)] = ""  # data link only: the session that Welcome gave
     capacity: Annotated[int, Limit(low=0, high=1_000_000)] = 0
     pool: Name = ""
-    job: Annotated[JobId, Limit(max_len=256)] = JobId("")
+    job: _Job = JobId("")
     claim: Count = 0
     features: Annotated[tuple[Name, ...], Limit(max_len=64)] = ()
 
@@ -132,14 +144,15 @@ class CloseRule:
 
 @dataclass(frozen=True, slots=True)
 class OpenGather:
-    """job -> broker. Idempotent: the same key and specification return what was recorded. Tail: msgpack {"sites": [name]}.
+    """job -> broker. Idempotent: the same key and specification return what was recorded.
 
-    No sites means every connected site, or ``sample`` of them drawn from (seed, round, step).
+    Tail: msgpack {"sites": [name]}. No sites means every connected site, or ``sample`` of them drawn from (seed, round,
+    step).
     """
 
     KIND: ClassVar[int] = 10
     ref: Count
-    job: Annotated[JobId, Limit(max_len=256)]
+    job: _Job
     claim: Count
     round: Count
     step: Count
@@ -163,17 +176,17 @@ class CloseGather:
 
     KIND: ClassVar[int] = 11
     ref: Count
-    job: Annotated[JobId, Limit(max_len=256)]
+    job: _Job
     claim: Count
-    gather: Annotated[GatherId, Limit(max_len=64)]
+    gather: _Gather
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A task that ended without a result."""
 
-    task: Annotated[TaskId, Limit(max_len=64)]
-    site: Annotated[Site, Limit(max_len=256)]
+    task: _Task
+    site: _SiteName
     code: Name
     text: Text = ""
 
@@ -184,8 +197,8 @@ class Receipt:
 
     KIND: ClassVar[int] = 12
     ref: Count
-    job: Annotated[JobId, Limit(max_len=256)]
-    gather: Annotated[GatherId, Limit(max_len=64)]
+    job: _Job
+    gather: _Gather
     state: Literal["waiting", "open", "closed", "failed"]  # waiting: for min_clients sites to connect
     tasks: Count = 0
     results: Count = 0  # closed: exactly so many, numbered 0 to results - 1, are the round's
@@ -197,9 +210,9 @@ class Receipt:
 class AssignItem:
     """One task of an Assign."""
 
-    task: Annotated[TaskId, Limit(max_len=64)]
+    task: _Task
     attempt: Annotated[int, Limit(low=1, high=2**31)]
-    site: Annotated[Site, Limit(max_len=256)]
+    site: _SiteName
     state: Annotated[str, Limit(max_len=128)] = ""  # the site-state version to start from; "" where there is none yet
     settled: Count = 0  # how many tasks of this job the site has settled before
 
@@ -209,8 +222,8 @@ class Assign:
     """broker -> executor: tasks that share one specification. Tail: the payload's bytes where they fit inline."""
 
     KIND: ClassVar[int] = 13
-    job: Annotated[JobId, Limit(max_len=256)]
-    gather: Annotated[GatherId, Limit(max_len=64)]
+    job: _Job
+    gather: _Gather
     round: Count
     step: Count
     name: Name
@@ -247,7 +260,7 @@ class Progress:
     """executor -> broker: a task's own word that it moves, shown to whoever watches."""
 
     KIND: ClassVar[int] = 16
-    task: Annotated[TaskId, Limit(max_len=64)]
+    task: _Task
     attempt: Annotated[int, Limit(low=1, high=2**31)]
     done: float = 0.0
     note: Short = ""
@@ -257,9 +270,9 @@ class Progress:
 class DoneItem:
     """One finished attempt. A result of a partial has neither payload nor inline bytes."""
 
-    task: Annotated[TaskId, Limit(max_len=64)]
+    task: _Task
     attempt: Annotated[int, Limit(low=1, high=2**31)]
-    site: Annotated[Site, Limit(max_len=256)]
+    site: _SiteName
     payload: PayloadRef | None = None
     inline_bytes: Annotated[int, Limit(low=0, high=INLINE_BYTES)] = 0  # this many bytes of the tail, in order
     meta: dict[str, Any] = field(default_factory=dict)  # FLModel's plain side: params_type, metrics, meta, rounds
@@ -277,8 +290,8 @@ class Done:
     """
 
     KIND: ClassVar[int] = 17
-    job: Annotated[JobId, Limit(max_len=256)]
-    gather: Annotated[GatherId, Limit(max_len=64)]
+    job: _Job
+    gather: _Gather
     items: Annotated[tuple[DoneItem, ...], Limit(max_len=512)]
     partial: PayloadRef | None = None
     partial_inline_bytes: Annotated[int, Limit(low=0, high=INLINE_TOTAL_BYTES)] = 0
@@ -289,7 +302,7 @@ class Fail:
     """executor -> broker: the attempt failed. Not retryable: the task's end (user code raised)."""
 
     KIND: ClassVar[int] = 18
-    task: Annotated[TaskId, Limit(max_len=64)]
+    task: _Task
     attempt: Annotated[int, Limit(low=1, high=2**31)]
     code: Name
     text: Text = ""
@@ -302,7 +315,7 @@ class Cancel:
     """broker -> executor: stop these attempts, or with no tasks everything of the job."""
 
     KIND: ClassVar[int] = 19
-    job: Annotated[JobId, Limit(max_len=256)]
+    job: _Job
     tasks: Annotated[tuple[TaskRef, ...], Limit(max_len=512)] = ()
     reason: Short = ""
     ended: bool = False  # the job is over: its scripts may stop and its files may go
@@ -315,18 +328,18 @@ class Cancel:
 class Put:
     """peer -> broker: a payload comes. Repeated after a reconnect; answered with a Grant at the watermark, or Stored.
 
-    On the data link for chunks (``stream`` is 32 hex digits) or, with ``local``, for a finished file of that name in the
-    spool's ``incoming`` folder. On the control link with the whole payload as tail.
+    On the data link for chunks (``stream`` is 32 hex digits) or, with ``local``, for a finished file of that name in
+    the spool's ``incoming`` folder. On the control link with the whole payload as tail.
     """
 
     KIND: ClassVar[int] = 30
     payload: PayloadRef
-    stream: Annotated[str, Limit(max_len=32)] = ""
-    job: Annotated[JobId, Limit(max_len=256)] = JobId("")
+    stream: _Stream = ""
+    job: _Job = JobId("")
     claim: Count = 0
-    task: Annotated[TaskId, Limit(max_len=64)] = TaskId("")  # a result or state of this attempt
+    task: _Task = TaskId("")  # a result or state of this attempt
     attempt: Annotated[int, Limit(low=0, high=2**31)] = 0
-    local: Short = ""
+    local: Annotated[str, Limit(max_len=256, pattern=_OPTIONAL_FILE)] = ""
     ref: Count = 0
 
 
@@ -335,8 +348,8 @@ class Get:
     """peer -> broker, data link: send this payload as chunks under the stream's grants, from chunk ``next``."""
 
     KIND: ClassVar[int] = 31
-    stream: Annotated[str, Limit(max_len=32)]
-    payload: Annotated[PayloadId, Limit(max_len=128)]
+    stream: _Stream
+    payload: _Payload
     next: Count
     limit: Count
     ref: Count = 0
@@ -344,7 +357,10 @@ class Get:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """receiver -> sender: everything before ``next`` is here, chunks below ``limit`` may be sent. Absolute; newest epoch wins."""
+    """receiver -> sender: everything before ``next`` is here, chunks below ``limit`` may be sent.
+
+    Absolute; the newest epoch wins.
+    """
 
     KIND: ClassVar[int] = 32
     STRUCT: ClassVar[struct.Struct] = struct.Struct(">16sIQQ")
@@ -371,7 +387,7 @@ class Finish:
     """sender -> receiver: that was all; the payload's digest."""
 
     KIND: ClassVar[int] = 34
-    stream: Annotated[str, Limit(max_len=32)]
+    stream: _Stream
     digest: Annotated[str, Limit(max_len=64)] = ""
 
 
@@ -379,7 +395,7 @@ class Finish:
 class Refusal:
     """An attempt whose result was not accepted, and why."""
 
-    task: Annotated[TaskId, Limit(max_len=64)]
+    task: _Task
     attempt: Annotated[int, Limit(low=1, high=2**31)]
     code: Name  # stale, late, closed, duplicate, conflict, unknown, lost_payload
     reason: Short = ""
@@ -391,7 +407,7 @@ class Stored:
     """broker -> peer: committed. Of a payload (``stream`` or ``ref`` names the Put) or of the results of a Done."""
 
     KIND: ClassVar[int] = 35
-    stream: Annotated[str, Limit(max_len=32)] = ""
+    stream: _Stream = ""
     ref: Count = 0
     payload: PayloadRef | None = None
     tasks: Annotated[tuple[TaskRef, ...], Limit(max_len=512)] = ()
@@ -403,7 +419,7 @@ class Abort:
     """Either side: this stream ends. ``retry_after_s`` > 0: worth another try."""
 
     KIND: ClassVar[int] = 36
-    stream: Annotated[str, Limit(max_len=32)]
+    stream: _Stream
     code: Name
     reason: Short = ""
     retry_after_s: Seconds = 0.0
@@ -414,14 +430,17 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class SubmitJob:
-    """client -> broker: a job whose archive is stored. Answered by Answer {"job_id"}. ``token`` makes repeats harmless."""
+    """client -> broker: a job whose archive is stored. Answered by Answer {"job_id"}.
+
+    ``token`` makes repeats harmless.
+    """
 
     KIND: ClassVar[int] = 50
     ref: Count
     token: Annotated[str, Limit(max_len=64)]
     name: Name
     archive: PayloadRef
-    job: Annotated[JobId, Limit(max_len=256)] = JobId("")  # wanted id; "" lets the broker choose
+    job: _Job = JobId("")  # wanted id; "" lets the broker choose
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -431,7 +450,7 @@ class ClaimJob:
 
     KIND: ClassVar[int] = 51
     ref: Count
-    job: Annotated[JobId, Limit(max_len=256)] = JobId("")
+    job: _Job = JobId("")
     claim: Count = 0
     lost: Text = ""
 
@@ -453,7 +472,7 @@ class Claimed:
 
     KIND: ClassVar[int] = 52
     ref: Count
-    job: Annotated[JobId, Limit(max_len=256)]
+    job: _Job
     claim: Count
     name: Name = ""
     archive: PayloadRef | None = None
@@ -463,13 +482,16 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """job -> broker: an open gather's aggregate made durable. Covers its results 0 to ``covered`` - 1, whose payloads go."""
+    """job -> broker: an open gather's aggregate made durable.
+
+    Covers its results 0 to ``covered`` - 1, whose payloads go.
+    """
 
     KIND: ClassVar[int] = 53
     ref: Count
-    job: Annotated[JobId, Limit(max_len=256)]
+    job: _Job
     claim: Count
-    gather: Annotated[GatherId, Limit(max_len=64)]
+    gather: _Gather
     payload: PayloadRef
     covered: Count
 
@@ -480,7 +502,7 @@ class Commit:
 
     KIND: ClassVar[int] = 54
     ref: Count
-    job: Annotated[JobId, Limit(max_len=256)]
+    job: _Job
     claim: Count
     round: Count
     model: PayloadRef | None = None
@@ -496,7 +518,7 @@ class EndJob:
 
     KIND: ClassVar[int] = 55
     ref: Count
-    job: Annotated[JobId, Limit(max_len=256)]
+    job: _Job
     claim: Count
     status: Literal["FINISHED:COMPLETED", "FINISHED:FAILED", "FINISHED:ABORTED"]
     reason: Text = ""
@@ -507,9 +529,9 @@ class Event:
     """anyone -> broker: something to keep about a job (log, metric, state_lost); read back by Ask "events"."""
 
     KIND: ClassVar[int] = 56
-    job: Annotated[JobId, Limit(max_len=256)]
+    job: _Job
     kind: Name
-    site: Annotated[Site, Limit(max_len=256)] = Site("")
+    site: _SiteName = Site("")
     data: dict[str, Any] = field(default_factory=dict)
     text: Text = ""
 
@@ -521,7 +543,7 @@ class Ask:
     KIND: ClassVar[int] = 57
     ref: Count
     what: Name
-    job: Annotated[JobId, Limit(max_len=256)] = JobId("")
+    job: _Job = JobId("")
     after: Count = 0
     limit: Annotated[int, Limit(low=1, high=10_000)] = 1000
 
@@ -571,13 +593,13 @@ def encode(message: Message, tail: Buffer = b"", sequence: int = 0) -> list[Buff
     """The frames of a message.
 
     Raises:
-        CodecError: the body is over 64 KiB: what is larger travels as a payload.
+        CodecError: the body is over 64 KiB (what is larger travels as a payload), or holds what no message may.
     """
     match message:
         case Grant():
-            body = Grant.STRUCT.pack(bytes.fromhex(message.stream), message.epoch, message.next, message.limit)
+            body = _pack_struct(Grant.STRUCT, message.stream, message.epoch, message.next, message.limit)
         case Chunk():
-            body = Chunk.STRUCT.pack(bytes.fromhex(message.stream), message.index, message.length, message.crc32)
+            body = _pack_struct(Chunk.STRUCT, message.stream, message.index, message.length, message.crc32)
         case _:
             body = pack(encode_fields(message))
             if len(body) > MAX_BODY_BYTES:
@@ -587,6 +609,18 @@ def encode(message: Message, tail: Buffer = b"", sequence: int = 0) -> list[Buff
                 )
     envelope = pack_envelope(message.KIND, sequence, body)
     return [envelope, body, tail] if len(tail) else [envelope, body]
+
+
+def _pack_struct(layout: struct.Struct, stream: str, *numbers: int) -> bytes:
+    try:
+        key = bytes.fromhex(stream)
+        if len(key) != _STREAM_BYTES:  # struct would fill or cut it
+            raise ValueError(stream)
+        return layout.pack(key, *numbers)
+    except (ValueError, struct.error):
+        raise CodecError(
+            f"stream {show(stream)} with {numbers}; 32 hex digits and unsigned numbers belong here"
+        ) from None
 
 
 def decode(frames: Sequence[Buffer], max_tail_bytes: int = MAX_TAIL_BYTES) -> Packet:

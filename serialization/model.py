@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, cast
 
+from .codec import show
 from .errors import LayoutError
 from .tensors import is_number, is_tensor
 
@@ -34,7 +35,7 @@ class ParamsType(StrEnum):
     DIFF = "DIFF"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class FLModel:
     """A model with what belongs to it, in either direction.
 
@@ -66,6 +67,17 @@ class FLModel:
         if self.meta is None:
             self.meta = {}
         self.validate()
+
+    def __repr__(self) -> str:
+        # a model ends up in logs: show what it is, never its values
+        parts = [self.params_type.value] if self.params_type is not None else []
+        if isinstance(self.params, (Mapping, list, tuple)):
+            parts.append(f"params of {len(cast('list[Any]', self.params))}")
+        for name in ("metrics", "start_round", "current_round", "total_rounds", "meta"):
+            value = getattr(self, name)
+            if value:
+                parts.append(f"{name}={show(value)}")
+        return f"FLModel({', '.join(parts)})"
 
     def validate(self) -> None:
         """Apply the constructor's rules again, as the fields may have been set since.

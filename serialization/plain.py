@@ -17,12 +17,11 @@ MAX_PLAIN_BYTES: Final = 48 * 1024
 #: Levels of nesting in a user's metrics and meta; the message around them needs some of its 16.
 MAX_LEVELS: Final = 8
 
-_ROUNDS: Final = ("start_round", "current_round", "total_rounds")
 _NOT_FINITE: Final = frozenset({"nan", "inf", "-inf"})
 
 
 def plain_side(model: FLModel) -> dict[str, Any]:
-    """``params_type``, ``metrics``, ``meta`` and the rounds of a model, without those that are unset.
+    """``params_type``, ``metrics``, ``meta`` and the rounds of a model, without those that hold their default.
 
     Scalars of numpy and torch become numbers, tuples lists. A metric that is not finite becomes text ("nan", "inf",
     "-inf"): it is shown, and no mean is taken of it.
@@ -40,10 +39,12 @@ def plain_side(model: FLModel) -> dict[str, Any]:
         out["metrics"] = _plain(model.metrics, "metrics", 0, finite=False)
     if model.meta:
         out["meta"] = _plain(model.meta, "meta", 0, finite=True)
-    for name in _ROUNDS:
-        value = getattr(model, name)
-        if value is not None:
-            out[name] = int(value)
+    if model.start_round != 0:
+        out["start_round"] = model.start_round
+    if model.current_round is not None:
+        out["current_round"] = model.current_round
+    if model.total_rounds is not None:
+        out["total_rounds"] = model.total_rounds
     size = len(pack(out))
     if size > MAX_PLAIN_BYTES:
         raise PayloadError(f"metrics and meta of {size} bytes; at most {MAX_PLAIN_BYTES}: put large data into params")
@@ -70,7 +71,7 @@ def model_of(plain: Mapping[str, Any], params: Any, optimizer_params: Any) -> FL
             params=params if kind is not None else None,
             optimizer_params=optimizer_params,
             metrics=metrics,
-            start_round=plain.get("start_round"),
+            start_round=plain.get("start_round", 0),
             current_round=plain.get("current_round"),
             total_rounds=plain.get("total_rounds"),
             meta=plain.get("meta"),

@@ -180,9 +180,6 @@ def warmed(warm: Warm, modules: Sequence[str]) -> Warm:
         except ProcessError:
             warm.close()
             raise
-        for answer in answers:
-            for name, text in answer.failed.items():
-                log.debug("preload_failed", module=name, error=text)
         unsafe = next((answer.unsafe for answer in answers if answer.unsafe), "")
         if not unsafe:
             return warm

@@ -14,10 +14,12 @@ from typing import Any
 
 import structlog
 
+from ..executor.host import ENV_PARENT
+from ..executor.hosts import HostRequest, open_log
 from ..serialization.errors import CodecError, FedloomError
 from .forkwire import Exited, Fork, Frames, Kill, Message, Preload, Preloaded, Refused, Started, frame
 
-__all__ = ["ForkedProcess", "ProcessError", "WarmClient"]
+__all__ = ["ForkSpawner", "ForkedProcess", "ProcessError", "WarmClient"]
 
 log = structlog.get_logger(__name__)
 
@@ -52,9 +54,9 @@ class ForkedProcess:
         """The exit code, minus the signal that killed it, or None while it runs."""
         return self._status
 
-    def wait(self, timeout: float | None = None) -> int | None:
-        """As `poll`, after its end or ``timeout`` seconds."""
-        self._ended.wait(timeout)
+    def wait(self, timeout_s: float | None = None) -> int | None:
+        """As `poll`, after its end or so many seconds."""
+        self._ended.wait(timeout_s)
         return self._status
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -295,3 +297,34 @@ class WarmClient:
         if asked is not None:
             asked.answer = message
             asked.done.set()
+
+
+class ForkSpawner:
+    """The agent's `executor.hosts.Spawner`: hosts forked from the warm process. Thread-safe.
+
+    The hosts end with the connection, so with the agent, however it ends.
+    """
+
+    def __init__(self, client: WarmClient) -> None:
+        self._client = client
+
+    def spawn(self, request: HostRequest) -> ForkedProcess:
+        """Start a host, or the request's command.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        if request.log_path:
+            open_log(request.log_path).close()  # makes its folder, and moves a log aside that has grown too large
+        try:
+            return self._client.fork(
+                request.name or "host",
+                "" if request.argv else "fedloom.executor.host:main",
+                argv=request.argv,
+                env=dict(request.env),
+                unset=[ENV_PARENT],  # a host's parent is the warm process, and sees to it itself
+                cwd=request.cwd,
+                log_path=request.log_path,
+            )
+        except ProcessError as error:
+            raise OSError(str(error)) from None

@@ -21,6 +21,7 @@ import signal
 import socket
 import struct
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -309,14 +310,27 @@ def preload(number: int, modules: Sequence[str]) -> Preloaded:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001 - a third party's import can raise anything
             failed[name] = f"{type(error).__name__}: {error}"[:1000]
+            print(f"fedloom-warm: {name} is not preloaded: {failed[name]}", file=sys.stderr)
         else:
             loaded.append(name)
         if _unfit():
             unsafe = name
             break
     gc.collect()
+    _spare_exit_work()
     gc.freeze()  # no later collection writes to these objects' headers, so their pages stay shared
     return Preloaded(number, tuple(loaded), failed, unsafe)
+
+
+def _spare_exit_work() -> None:
+    """What the loaded modules would tidy up at an interpreter's end dies with each process as well.
+
+    Torch alone takes back hundreds of operators one by one, 50 ms at every process's exit. Finalizers that a process
+    makes itself, such as a temporary folder's, are not touched.
+    """
+    registry: dict[weakref.finalize[..., object], object] = getattr(weakref.finalize, "_registry", {})
+    for item in registry:
+        item.atexit = False
 
 
 def _unfit() -> bool:

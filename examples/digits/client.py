@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 
+import fedloom.client as flare
 from data import load, site_split
 from model import DigitsNet, accuracy, train
 from torch.utils.data import DataLoader
-
-import fedloom.client as flare
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from fedloom.serialization.errors import JobError
 from fedloom.sim.gpus import parse_gpus, slots, worker_count
 

@@ -1,0 +1,195 @@
+"""Folding a gather's results out of the spool: each once, with checkpoints, and again where scales were not good."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from ..serialization.errors import (
+    FoldError,
+    GatherError,
+    LayoutError,
+    PayloadError,
+    ValuesError,
+    WeightError,
+    WireError,
+)
+from ..serialization.faultpoints import fault_point
+from ..serialization.feeder import Feeder
+from ..serialization.fold import Fold, Good
+from ..serialization.foldplan import FoldPlan
+from ..serialization.header import header_bytes_needed, read_header
+from ..serialization.messages import Failure
+from .federation import Federation
+from .gather import Gather, Result
+from .records import RoundRecord
+
+log = structlog.get_logger(__name__)
+
+#: A round's results pass a checkpoint when their payloads since the last one are larger than this and than four models.
+CHECKPOINT_BYTES = 1 << 30
+_MODELS_A_CHECKPOINT = 4
+_MAX_REFOLDS = 4
+
+
+class Folding:
+    """One round's fold.
+
+    A result whose tensors do not fit the model, or that holds NaN or Inf, is refused and listed as its site's failure;
+    the round goes on if enough others are good. Weights that are missing from some results are everybody's error.
+    """
+
+    def __init__(
+        self,
+        fed: Federation,
+        gather: Gather,
+        plan: FoldPlan,
+        record: RoundRecord,
+        *,
+        start: Callable[[FoldPlan], Fold] = Fold,
+        checkpoint_bytes: int | None = None,
+    ) -> None:
+        self.fold = start(plan)
+        self.refused: list[Failure] = []
+        self._fed = fed
+        self._gather = gather
+        self._record = record
+        self._start = start
+        self._results: list[Result] = []
+        self._covered = 0
+        self._since_checkpoint = 0
+        model_bytes = gather.opening.payload.size if gather.opening.payload else 0
+        self._checkpoint_bytes = checkpoint_bytes or max(CHECKPOINT_BYTES, _MODELS_A_CHECKPOINT * model_bytes)
+
+    def run(self) -> Fold:
+        """Fold the gather's results as they arrive; the fold is good when this returns.
+
+        Raises:
+            GatherError: fewer good results than ``min_clients``.
+            WeightError: weights missing from some results, or not positive.
+        """
+        for result in self._gather:
+            self._add(self.fold, result)
+            self._results.append(result)
+            self._record.add(result)
+            self._since_checkpoint += 0 if result.partial and result.start < self._covered else result.size
+            fault_point("job.after_fold")
+            if self._since_checkpoint > self._checkpoint_bytes:
+                self._checkpoint()
+        wanted = self._gather.opening.rule.min_clients
+        if self.fold.count < wanted:
+            first = f"\n{self.refused[0].site}: {self.refused[0].text}" if self.refused else ""
+            raise GatherError(f"round {self._gather.opening.round}: {self.fold.count} good results of {wanted}{first}")
+        return self._rescaled()
+
+    def _add(self, fold: Fold, result: Result) -> None:
+        started = time.monotonic()
+        try:
+            if result.partial:
+                fold.merge(self._source(result))
+            else:
+                self._add_single(fold, result)
+        except WeightError:
+            raise
+        except (FoldError, LayoutError, ValuesError, WireError, PayloadError) as error:
+            if result.partial:
+                raise
+            item = result.items[0]
+            log.warning("result_refused", round=self._gather.opening.round, site=item.site, reason=str(error))
+            refusal = Failure(item.task, item.site, "refused", str(error))
+            self.refused.append(refusal)
+            self._gather.seen.failures[item.task] = refusal
+        finally:
+            self._record.fold_s += time.monotonic() - started
+
+    def _add_single(self, fold: Fold, result: Result) -> None:
+        ref = result.payload
+        if ref is None or (local := self._fed.local_path(ref)) is not None:
+            source: bytes | Path | None = result.inline if ref is None else local
+            fold.add(source or None, site=result.site, meta=result.meta)
+            return
+        intake = _Intake(ref.size, lambda header: fold.start(header, site=result.site, meta=result.meta))
+        try:
+            self._fed.link.stream(ref, intake.feed)
+            intake.finish()
+        except FoldError:
+            undo = intake.feeder.undo() if intake.feeder is not None and not intake.feeder.closed else None
+            if undo is not None:
+                again = _Intake(ref.size, lambda header: undo)
+                self._fed.link.stream(ref, again.feed)
+                again.finish()
+            raise
+
+    def _source(self, result: Result) -> Path | bytes:
+        return result.inline if result.payload is None else self._fed.fetch(result.payload)
+
+    def _checkpoint(self) -> None:
+        """The aggregate as a payload; then the results that it holds may go from the spool."""
+        covered = self._results[-1].start + len(self._results[-1].items)
+        buffers, size = self.fold.to_partial()
+        ref = self._fed.put_partial(buffers, size)
+        fault_point("job.before_checkpoint")
+        self._fed.checkpoint(self._gather, ref, covered)
+        log.info("checkpoint", round=self._gather.opening.round, covered=covered, size=size)
+        self._covered = covered
+        self._since_checkpoint = 0
+
+    def _rescaled(self) -> Fold:
+        """Fold again as long as the scales were not good for the closed set; decided on its exact totals alone."""
+        singly: list[Result] = []
+        for _ in range(_MAX_REFOLDS):
+            verdict = self.fold.check()
+            if isinstance(verdict, Good):
+                return self.fold
+            self._record.refolds += 1
+            refused = {failure.task for failure in self.refused}
+            again = [r for r in self._results if not r.partial and r.start >= self._covered] + singly
+            lost = [r for r in self._results if r.partial or r.start < self._covered] if not singly else []
+            fold = self._start(verdict.plan)
+            for result in again:
+                if result.items[0].task not in refused:
+                    self._add(fold, result)
+            sites = sorted(item.site for r in lost for item in r.items if item.task not in refused)
+            if sites:
+                self._record.redone += len(sites)
+                for result in self._gather.redo(sites, self._fed.put_blob(verdict.plan.to_bytes())):
+                    self._add(fold, result)
+                    singly.append(result)
+            self.fold = fold
+        raise FoldError(f"round {self._gather.opening.round}: no scale was good after {_MAX_REFOLDS} folds")
+
+
+class _Intake:
+    """A payload's chunks in order, into a feeder that begins once the header is whole."""
+
+    def __init__(self, size: int, begin: Callable[[Any], Feeder]) -> None:
+        self.feeder: Feeder | None = None
+        self._size = size
+        self._begin = begin
+        self._head = bytearray()
+        self._data_start = 0
+
+    def feed(self, offset: int, data: memoryview) -> None:
+        """A chunk at this place of the payload."""
+        if self.feeder is not None:
+            self.feeder.feed(offset - self._data_start, data)
+            return
+        self._head += data
+        if len(self._head) < 8 or len(self._head) < header_bytes_needed(self._head[:8]):
+            return
+        header = read_header(self._head, self._size)
+        self._data_start = header.data_start
+        self.feeder = self._begin(header)
+        rest = memoryview(self._head)[header.data_start :]
+        if len(rest):
+            self.feeder.feed(0, rest)
+
+    def finish(self) -> None:
+        """All chunks were there."""
+        if self.feeder is None:
+            raise PayloadError(f"a payload of {self._size} bytes ends within its header")
+        self.feeder.finish()

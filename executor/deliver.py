@@ -1,0 +1,278 @@
+"""Results on their way to the broker: uploaded, announced, repeated until stored.
+
+Runs in the agent's thread; uploads run in the pool that `submit` gives. A result leaves the outbox when the broker has
+committed it, or has said that it wants it no more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from ..serialization.codec import encode_fields, pack
+from ..serialization.envelope import Buffer
+from ..serialization.errors import FaultError, FedloomError, LinkError
+from ..serialization.messages import (
+    INLINE_TOTAL_BYTES,
+    Decline,
+    Done,
+    DoneItem,
+    Message,
+    PayloadRef,
+    Stored,
+    TaskRef,
+    Welcome,
+)
+from .outbox import Held, Key, Outbox
+
+log = structlog.get_logger(__name__)
+
+#: A Done that nobody answered is said again after this; a reconnect repeats it at once.
+REPEAT_S = 20.0
+_RETRY_S = (0.5, 30.0)
+_UPLOAD_S = 24 * 3600.0
+#: Of the 64 KiB that Done's body may have.
+_BODY_BYTES = 56 * 1024
+_MAX_ITEMS = 512
+
+
+class LinkLike(Protocol):
+    """What the executor needs of a `broker.link.Link`."""
+
+    local: Any
+
+    def start(self, timeout_s: float = ...) -> Welcome: ...  # noqa: D102
+    def send(self, message: Message, tail: Buffer = b"") -> None: ...  # noqa: D102
+    def put(  # noqa: D102
+        self,
+        ref: PayloadRef,
+        source: Sequence[Buffer] | Path,
+        *,
+        job: str = "",
+        claim: int = 0,
+        task: str = "",
+        attempt: int = 0,
+        timeout_s: float = 3600.0,
+    ) -> PayloadRef: ...
+    def put_local(self, ref: PayloadRef, name: str, *, timeout_s: float = 600.0, **owner: Any) -> PayloadRef: ...  # noqa: D102
+    def fetch(self, ref: PayloadRef, timeout_s: float = 3600.0, dest: Path | None = None) -> Path | bytes: ...  # noqa: D102
+    def close(self, reason: str = "") -> None: ...  # noqa: D102
+
+
+@dataclass(slots=True)
+class _Single:
+    """A result of one attempt."""
+
+    held: Held
+    uploaded: bool
+    busy: bool = False
+    tries: int = 0
+    next_at: float = 0.0
+    said_at: float = 0.0
+
+
+@dataclass(slots=True)
+class _Partial:
+    """Results that were folded into one payload."""
+
+    job: str
+    gather: str
+    items: tuple[DoneItem, ...]
+    ref: PayloadRef
+    buffers: list[Buffer]
+    uploaded: bool
+    busy: bool = False
+    tries: int = 0
+    next_at: float = 0.0
+    said_at: float = 0.0
+
+    @property
+    def keys(self) -> list[Key]:
+        return [(item.task, item.attempt) for item in self.items]
+
+
+Submit = Callable[[Callable[[], Any], Callable[[Any, Exception | None], None]], None]
+#: (attempt, stored): the attempt is settled, or its result was not wanted.
+Settled = Callable[[Key, bool], None]
+
+
+class Delivery:
+    """All results of one agent that are not stored yet.
+
+    Args:
+        submit: runs its first argument in a thread and calls the second with the outcome in the agent's thread.
+        settled: told of each attempt that left.
+    """
+
+    def __init__(self, link: LinkLike, outbox: Outbox, submit: Submit, settled: Settled) -> None:
+        self._link = link
+        self._outbox = outbox
+        self._submit = submit
+        self._settled = settled
+        self._singles: dict[Key, _Single] = {held.key: _Single(held, held.item.payload is None) for held in outbox}
+        self._partials: dict[str, _Partial] = {}
+
+    def __len__(self) -> int:
+        return len(self._singles) + len(self._partials)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._singles or any(key in partial.keys for partial in self._partials.values())
+
+    def add(self, held: Held) -> None:
+        """A finished attempt's result, which is on disk from here on."""
+        self._outbox.add(held)
+        self._singles[held.key] = _Single(held, held.item.payload is None)
+
+    def add_partial(
+        self, job: str, gather: str, items: Sequence[DoneItem], ref: PayloadRef, buffers: list[Buffer]
+    ) -> None:
+        """Several attempts' results as one partial. It is not kept on disk: its tasks are done again if this process dies."""
+        small = ref.size <= INLINE_TOTAL_BYTES
+        self._partials[ref.id] = _Partial(job, gather, fit_items(items), ref, buffers, small)
+
+    def drop(self, key: Key) -> None:
+        """This attempt's result is not wanted any more."""
+        if self._singles.pop(key, None) is not None:
+            self._outbox.remove(key)
+
+    def repeat(self) -> None:
+        """The link is new: what was said on the old one may be lost."""
+        for entry in (*self._singles.values(), *self._partials.values()):
+            entry.said_at = entry.next_at = 0.0
+
+    def stored(self, message: Stored) -> None:
+        """The broker has committed these, and refused those."""
+        refused = {(r.task, r.attempt): r for r in message.refused}
+        for ref in message.tasks:
+            self._leave((ref.task, ref.attempt), True)
+        for key, refusal in refused.items():
+            log.info("result_refused", task=key[0], attempt=key[1], code=refusal.code, reason=refusal.reason)
+            self._leave(key, False)
+
+    def _leave(self, key: Key, stored: bool) -> None:
+        found = self._singles.pop(key, None)
+        if found is not None:
+            self._outbox.remove(key)
+            self._settled(key, stored)
+            return
+        for partial in list(self._partials.values()):
+            if key in partial.keys:
+                # all or nothing: one answer speaks for all of its tasks
+                del self._partials[partial.ref.id]
+                for other in partial.keys:
+                    self._settled(other, stored)
+                return
+
+    # ------------------------------------------------------------ sending
+
+    def turn(self, now: float) -> None:
+        """Start the uploads that are due and announce what is up, in as few messages as fit."""
+        ready: dict[tuple[str, str], list[_Single]] = {}
+        for single in list(self._singles.values()):
+            if not single.uploaded:
+                self._upload(single, now)
+            elif now - single.said_at >= REPEAT_S or single.said_at == 0.0:
+                single.said_at = now
+                ready.setdefault((single.held.job, single.held.gather), []).append(single)
+        for (job, gather), singles in ready.items():
+            for batch in _batches(singles):
+                items = tuple(single.held.item for single in batch)
+                tail = b"".join(single.held.data or b"" for single in batch)
+                self._link.send(Done(job=_id(job), gather=_id(gather), items=items), tail)
+        for partial in list(self._partials.values()):
+            if not partial.uploaded:
+                self._upload(partial, now)
+            elif now - partial.said_at >= REPEAT_S or partial.said_at == 0.0:
+                partial.said_at = now
+                inline = partial.ref.size <= INLINE_TOTAL_BYTES
+                done = Done(
+                    job=_id(partial.job),
+                    gather=_id(partial.gather),
+                    items=partial.items,
+                    partial=partial.ref,
+                    partial_inline_bytes=partial.ref.size if inline else 0,
+                )
+                self._link.send(done, b"".join(partial.buffers) if inline else b"")
+
+    def _upload(self, entry: _Single | _Partial, now: float) -> None:
+        if entry.busy or now < entry.next_at:
+            return
+        entry.busy = True
+
+        def put() -> PayloadRef:
+            if isinstance(entry, _Partial):
+                return self._link.put(entry.ref, entry.buffers, job=entry.job, timeout_s=_UPLOAD_S)
+            held, payload = entry.held, entry.held.item.payload
+            assert payload is not None
+            owner: dict[str, Any] = {"job": held.job, "task": held.item.task, "attempt": held.item.attempt}
+            if held.incoming:
+                return self._link.put_local(payload, held.incoming, **owner)
+            return self._link.put(payload, Path(held.path), timeout_s=_UPLOAD_S, **owner)
+
+        self._submit(put, lambda ref, error: self._uploaded(entry, ref, error))
+
+    def _uploaded(self, entry: _Single | _Partial, ref: PayloadRef | None, error: Exception | None) -> None:
+        entry.busy = False
+        if error is None:
+            entry.uploaded = True
+            if isinstance(entry, _Partial):
+                entry.ref = ref or entry.ref
+            return
+        if isinstance(entry, _Single) and entry.held.key not in self._singles:
+            return
+        lost = isinstance(error, OSError)
+        if isinstance(error, FaultError) or lost or not isinstance(error, FedloomError):
+            log.warning("result_not_taken", code=getattr(error, "code", type(error).__name__), reason=str(error))
+            self._give_up(entry, str(error))
+            return
+        entry.tries += 1
+        pause = min(_RETRY_S[1], _RETRY_S[0] * 2**entry.tries)
+        entry.next_at = time.monotonic() + pause
+        level = log.info if isinstance(error, LinkError) else log.warning
+        level("result_upload_again", reason=str(error), after_s=pause)
+
+    def _give_up(self, entry: _Single | _Partial, reason: str) -> None:
+        """Its payload cannot be had any more or is not wanted: whatever of it is still ours is to be done again."""
+        keys = entry.keys if isinstance(entry, _Partial) else [entry.held.key]
+        refs = tuple(TaskRef(_id(task), attempt) for task, attempt in keys)
+        self._link.send(Decline(refs, reason[:1000]))
+        self._leave(keys[0], False)
+
+
+def _id(text: str) -> Any:
+    return text  # the ids are NewTypes of str; records from disk hold plain texts
+
+
+def _batches(singles: Sequence[_Single]) -> list[list[_Single]]:
+    """Groups whose items fit one body and whose inline results fit one tail."""
+    out: list[list[_Single]] = []
+    body = tail = 0
+    for single in singles:
+        size = len(pack(encode_fields(single.held.item)))
+        data = len(single.held.data or b"")
+        if not out or body + size > _BODY_BYTES or tail + data > INLINE_TOTAL_BYTES or len(out[-1]) >= _MAX_ITEMS:
+            out.append([])
+            body = tail = 0
+        out[-1].append(single)
+        body += size
+        tail += data
+    return out
+
+
+def fit_items(items: Sequence[DoneItem]) -> tuple[DoneItem, ...]:
+    """The items of a partial in one body: what does not fit loses its meta, whose sums the partial carries anyway."""
+    size = 0
+    out: list[DoneItem] = []
+    bare = [len(pack(encode_fields(replace(item, meta={})))) for item in items]
+    left = _BODY_BYTES - sum(bare)
+    for item, smallest in zip(items, bare, strict=True):
+        size = len(pack(encode_fields(item))) - smallest
+        keep = size <= left
+        left -= size if keep else 0
+        out.append(item if keep else replace(item, meta={}))
+    return tuple(out)

@@ -1,0 +1,301 @@
+"""The agent's hosts: started when a task needs one, handed tasks one at a time, seen to their end.
+
+Everything here runs in the agent's thread. What happens to a host is told through `HostEvents`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import structlog
+
+from .channel import ChannelServer, Map
+from .hosts import HostProcess, HostRequest, Spawner, describe_exit, log_size
+from .runs import Run
+
+log = structlog.get_logger(__name__)
+
+State = Literal["starting", "waiting", "busy", "settling", "leaving"]
+#: How long after a host's death its last words may still be on the channel.
+_LAST_WORDS_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """What a host is to be: its key, its first message, and its process.
+
+    Attributes:
+        key: hosts with the same key stand for each other: a script of one site, a job's functions in one slot.
+        start: the first message on its channel; of an external command, what its keeper gets.
+        client: what an external command's own Client API gets.
+        once: it serves one task and ends.
+        grace_s: how long it may take to end by itself.
+        launch_s: how long until it asks for its first task.
+    """
+
+    key: str
+    job: str
+    lane: str
+    start: Map
+    request: HostRequest
+    client: Map | None = None
+    once: bool = False
+    grace_s: float = 0.0
+    launch_s: float = 300.0
+
+
+@dataclass(slots=True)
+class Host:
+    """A live host."""
+
+    id: str
+    plan: HostPlan
+    process: HostProcess
+    started_at: float
+    state: State = "starting"
+    run: Run | None = None
+    connections: dict[str, int] = field(default_factory=dict[str, int])  # by role
+    sent: int = 0
+    waiting_since: float = 0.0
+    end_by: float = float("inf")  # killed then
+    dead_at: float = 0.0
+    exit_code: int | None = None  # an external command's own, told by its keeper
+    left: bool = False  # ended by itself: said so
+    heard: bool = False  # an external command's Client API has connected
+    stopping: bool = False
+    failure: tuple[str, str] | None = None  # (code, text): why it could not even start working
+
+    @property
+    def task_connection(self) -> int | None:
+        """Where tasks are sent."""
+        return self.connections.get("host" if self.plan.client is None else "client")
+
+
+class HostEvents(Protocol):
+    """What the agent does when something happens to a host."""
+
+    def on_idle(self, host: Host) -> None:
+        """It waits for a task and has none."""
+        ...
+
+    def on_message(self, host: Host, message: Map) -> None:
+        """A result, failure, progress or event of its task."""
+        ...
+
+    def on_ended(self, host: Host, run: Run | None) -> None:
+        """It is gone, and ``run`` with it if that was not answered."""
+        ...
+
+
+class HostPool:
+    """All hosts of one agent, by key."""
+
+    def __init__(self, channel: ChannelServer, spawner: Spawner, events: HostEvents) -> None:
+        self._channel = channel
+        self._spawner = spawner
+        self._events = events
+        self._by_key: dict[str, Host] = {}
+        self._by_id: dict[str, Host] = {}
+        self._serial = 0
+
+    @property
+    def live(self) -> int:
+        """How many processes there are."""
+        return len(self._by_id)
+
+    def hosts(self) -> list[Host]:
+        """All of them."""
+        return list(self._by_id.values())
+
+    def find(self, key: str) -> Host | None:
+        """The host that takes tasks under this key."""
+        return self._by_key.get(key)
+
+    def parked(self) -> list[Host]:
+        """Scripts that wait for a task, the longest first."""
+        waiting = [h for h in self._by_id.values() if h.state == "waiting" and h.run is None and h.plan.lane]
+        return sorted(waiting, key=lambda host: host.waiting_since)
+
+    def give(self, run: Run, plan: HostPlan) -> Host:
+        """Hand a task to the host of this plan, which is started if it is not there.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        host = self._by_key.get(plan.key) or self._start(plan)
+        host.run = run
+        if host.state == "waiting":
+            self._dispatch(host)
+        return host
+
+    def _start(self, plan: HostPlan) -> Host:
+        self._serial += 1
+        id = f"h{self._serial}"
+        env = {**plan.request.env, **self._channel.environ(id)}
+        request = HostRequest(
+            env, plan.request.cwd, plan.request.log_path, plan.request.slot, plan.request.argv, plan.request.name
+        )
+        process = self._spawner.spawn(request)
+        host = Host(id, plan, process, time.monotonic())
+        self._by_key[plan.key] = self._by_id[id] = host
+        log.debug("host_started", host=id, key=plan.key, pid=process.pid)
+        return host
+
+    def _dispatch(self, host: Host) -> None:
+        run, connection = host.run, host.task_connection
+        if run is None or connection is None:
+            return
+        assert run.spec is not None
+        host.state = "busy"
+        run.started_at = time.monotonic()
+        run.log_start = log_size(run.log_path)
+        if not self._channel.send(connection, {"op": "task", "task": run.spec.to_map()}):
+            log.warning("host_unreachable", host=host.id)  # its end is on its way
+
+    def cancel(self, host: Host) -> None:
+        """Tell a host that its task is wanted no more."""
+        if host.run is not None and (connection := host.task_connection) is not None:
+            self._channel.send(connection, {"op": "cancel", "task": host.run.key[0], "attempt": host.run.key[1]})
+
+    def stop(self, host: Host, grace_s: float) -> None:
+        """Tell a host to end by itself, and kill it if it has not in time."""
+        host.stopping = True
+        self._retire(host)
+        if host.end_by == float("inf"):
+            for connection in host.connections.values():
+                self._channel.send(connection, {"op": "stop"})
+        host.end_by = min(host.end_by, time.monotonic() + grace_s)
+
+    def kill(self, host: Host) -> None:
+        """End a host now, with all it started."""
+        host.stopping = True
+        self._retire(host)
+        host.process.kill()
+
+    def _retire(self, host: Host) -> None:
+        """Give it no more tasks."""
+        if host.state != "busy":
+            host.state = "leaving"
+        if self._by_key.get(host.plan.key) is host:
+            del self._by_key[host.plan.key]
+
+    # ------------------------------------------------------------ what hosts say
+
+    def on_channel(self, connection: int, id: str, role: str, message: Map | None) -> None:
+        """A map off the channel, or None: that connection ended."""
+        host = self._by_id.get(id)
+        if host is None:
+            self._channel.disconnect(connection)
+            return
+        if message is None:
+            if host.connections.get(role) == connection:
+                del host.connections[role]
+            return
+        match message["op"]:
+            case "hello":
+                self._hello(host, connection, role)
+            case "waiting":
+                self._waiting(host)
+            case "exited":
+                code = message.get("code")
+                host.exit_code = code if isinstance(code, int) else None
+                host.left = host.left or code == 0
+                self._retire(host)
+                host.end_by = min(host.end_by, time.monotonic() + max(_LAST_WORDS_S, host.plan.grace_s))
+                if role == "host" and host.plan.client is not None:
+                    host.process.kill()  # the command has ended: what it left behind goes too
+            case "leaving":
+                host.left = True
+            case "failed" if not message.get("task"):
+                host.failure = (str(message.get("code", "exception")), str(message.get("text", "")))
+                self._retire(host)
+            case _:
+                self._events.on_message(host, message)
+
+    def _hello(self, host: Host, connection: int, role: str) -> None:
+        host.connections[role] = connection
+        host.heard = host.heard or role == "client"
+        start: Mapping[str, Any] = host.plan.start if role == "host" else (host.plan.client or {})
+        self._channel.send(connection, {"op": "start", **start})
+        if host.stopping:
+            self._channel.send(connection, {"op": "stop"})
+
+    def _waiting(self, host: Host) -> None:
+        if host.stopping or host.state in ("busy", "leaving"):
+            return
+        host.state = "waiting"
+        host.waiting_since = time.monotonic()
+        if host.run is not None:
+            self._dispatch(host)
+        else:
+            self._events.on_idle(host)
+
+    def answered(self, host: Host) -> None:
+        """Its task is over, with a result or without."""
+        host.run = None
+        host.sent += 1
+        host.state = "settling"
+        if host.plan.once:
+            self._retire(host)
+            host.end_by = time.monotonic() + max(30.0, host.plan.grace_s)
+
+    # ------------------------------------------------------------ time
+
+    def tick(self, now: float) -> None:
+        """See which hosts have ended, and end those that are late."""
+        for host in self.hosts():
+            if not host.dead_at:
+                if host.process.poll() is not None:
+                    host.dead_at = now
+                    self._retire(host)
+                elif now > host.end_by:
+                    log.debug("host_killed_late", host=host.id, key=host.plan.key)
+                    host.process.kill()
+                elif host.state == "starting" and not host.stopping and now - host.started_at > host.plan.launch_s:
+                    host.failure = (
+                        "launch",
+                        f"it did not ask for a task within {host.plan.launch_s:g} s: does the script call flare.init()"
+                        " and flare.is_running() or flare.receive()?",
+                    )
+                    self.kill(host)
+            if host.dead_at and (not host.connections or now - host.dead_at > _LAST_WORDS_S):
+                self._ended(host)
+
+    def next_check_s(self) -> float:
+        """How long until `tick` may have something to do."""
+        if any(host.dead_at or host.end_by != float("inf") or not host.connections for host in self._by_id.values()):
+            return 0.02
+        return 0.5
+
+    def _ended(self, host: Host) -> None:
+        del self._by_id[host.id]
+        if self._by_key.get(host.plan.key) is host:
+            del self._by_key[host.plan.key]
+        run, host.run = host.run, None
+        self._events.on_ended(host, run)
+
+    def how_it_ended(self, host: Host) -> tuple[str, bool]:
+        """A host's end in words, and whether the task was killed rather than wrong."""
+        code = host.exit_code if host.exit_code is not None else host.process.poll()
+        if code is None:
+            code = -9
+        # an exit that Python itself went through says goodbye first: os._exit and signals do not
+        unheard = host.plan.client is not None and not host.heard and 0 < code < 128
+        return describe_exit(code), not (host.left or unheard)
+
+    def close(self, grace_s: float) -> None:
+        """End all hosts: by themselves within the grace, or killed."""
+        deadline = time.monotonic() + grace_s
+        for host in self.hosts():
+            self.stop(host, grace_s)
+        for host in self.hosts():
+            host.process.wait(max(0.0, deadline - time.monotonic()))
+            host.process.kill()
+        for host in self.hosts():
+            if host.process.wait(5.0) is None:
+                log.error("host_does_not_die", host=host.id, pid=host.process.pid)
+        self._by_id.clear()
+        self._by_key.clear()

@@ -1,0 +1,110 @@
+"""The folders of the jobs that an executor works for: their code, and each site's own place."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..serialization.archive import unpack_archive
+from ..serialization.errors import JobError
+from ..serialization.jobspec import JobSpec
+from ..serialization.messages import PayloadRef
+
+_ARCHIVE = ".archive"
+
+
+@dataclass(frozen=True, slots=True)
+class JobFolder:
+    """A job's code on this machine."""
+
+    spec: JobSpec
+    folder: Path
+
+    @property
+    def custom(self) -> Path:
+        """The job's own modules."""
+        return self.spec.custom_dir(self.folder)
+
+    def script(self, name: str) -> Path:
+        """A script of the job, or an absolute path that the site has.
+
+        Raises:
+            JobError: it is not there.
+        """
+        path = Path(name) if Path(name).is_absolute() else self.custom / name
+        if not path.is_file():
+            raise JobError(f"the script {name!r} is not at {path}: put it beside the job, or name a file the site has")
+        return path
+
+
+class JobFolders:
+    """``<workspace>/jobs/<job>/``: unpacked once; `ensure` may be called from several threads."""
+
+    def __init__(self, workspace: Path) -> None:
+        self._workspace = workspace
+        self._known: dict[str, JobFolder] = {}
+        self._locks: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def folder(self, job: str) -> Path:
+        """Where everything of a job lies.
+
+        Raises:
+            JobError: the id is not a file name.
+        """
+        if not job or "/" in job or "\\" in job or job.startswith(".") or not job.isprintable():
+            raise JobError(f"job id {job!r} cannot name a folder")
+        return self._workspace / "jobs" / job
+
+    def site_folder(self, job: str, site: str) -> Path:
+        """The site's own place for this job: the working directory of its code."""
+        path = self.folder(job) / "sites" / site
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def log_path(self, job: str, name: str) -> Path:
+        """A site's log for this job."""
+        path = self._workspace / "logs" / job / f"{name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def ensure(self, job: str, archive: PayloadRef, fetch: Callable[[PayloadRef], Path | bytes]) -> JobFolder:
+        """The job's folder, fetched and unpacked if it is not here.
+
+        Raises:
+            JobError: the archive, or the job in it, is wrong. Whatever ``fetch`` raises.
+        """
+        with self._lock:
+            if (known := self._known.get(job)) is not None:
+                return known
+            lock = self._locks.setdefault(job, threading.Lock())
+        with lock:
+            if (known := self._known.get(job)) is not None:
+                return known
+            folder = self.folder(job)
+            code = folder / "code"
+            mark = folder / _ARCHIVE
+            if not code.is_dir() or not mark.is_file() or mark.read_text() != archive.id:
+                data = fetch(archive)
+                fresh = folder / "code.part"
+                shutil.rmtree(fresh, ignore_errors=True)
+                unpack_archive(data, fresh)
+                shutil.rmtree(code, ignore_errors=True)
+                fresh.rename(code)
+                mark.write_text(archive.id)
+            found = JobFolder(JobSpec.load(code), code)
+            with self._lock:
+                self._known[job] = found
+            return found
+
+    def forget(self, job: str) -> None:
+        """The job is over: its code goes; logs and what its code wrote in the sites' folders stay."""
+        with self._lock:
+            self._known.pop(job, None)
+            self._locks.pop(job, None)
+        folder = self.folder(job)
+        (folder / _ARCHIVE).unlink(missing_ok=True)
+        shutil.rmtree(folder / "code", ignore_errors=True)

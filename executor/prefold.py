@@ -1,0 +1,153 @@
+"""A pool's results folded on the spot, so that hundreds of sites reach the controller as one partial.
+
+`Batches` is the pure policy: which results stand together and when they leave. `PartialFold` does the adding; it runs in
+the agent's one fold thread. The first result of a batch waits unfolded for a second one: alone it leaves as it is, since
+a partial is twice its size.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..serialization.digest import digest_buffers
+from ..serialization.envelope import Buffer
+from ..serialization.fold import Fold, FoldPlan
+from ..serialization.messages import DoneItem, PayloadId, PayloadRef
+
+Gather = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished attempt before it is folded or sent.
+
+    Attributes:
+        source: the payload: its bytes, or its file.
+        size: in bytes.
+        digest: of the payload; "" where integrity is by size.
+        base: the site-state version that the attempt started from.
+    """
+
+    job: str
+    gather: str
+    item: DoneItem
+    source: bytes | Path
+    size: int
+    digest: str
+    base: str = ""
+
+
+class PartialFold:
+    """One partial in the making. Not thread-safe: it belongs to the fold thread."""
+
+    def __init__(self, plan: bytes) -> None:
+        self._fold = Fold(FoldPlan.from_bytes(plan))
+
+    def add(self, result: Result) -> None:
+        """Fold one result in; a bad one leaves no trace.
+
+        Raises:
+            FoldError, PayloadError: what is wrong with it.
+        """
+        self._fold.add(result.source, site=result.item.site, meta=result.item.meta)
+
+    def finish(self) -> tuple[PayloadRef, list[Buffer]]:
+        """The partial as a payload."""
+        buffers, size = self._fold.to_partial()
+        ref = PayloadRef(PayloadId(f"p-{secrets.token_hex(16)}"), size, digest_buffers(buffers))
+        return ref, list(buffers)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Results that will leave together."""
+
+    gather: Gather
+    plan: bytes
+    opened_at: float
+    results: list[Result] = field(default_factory=list[Result])  # folded, or the single first one
+    folding: int = 0  # handed to the fold thread, not heard of yet
+    fold: PartialFold | None = None  # touched by the fold thread only
+    sealed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Results in it, with those still being folded."""
+        return len(self.results) + self.folding
+
+
+class Batches:
+    """The open batch of each gather, and when it leaves: full, old enough, or nothing more to come soon. Pure."""
+
+    def __init__(self, max_tasks: int = 256, max_s: float = 5.0) -> None:
+        if not 1 <= max_tasks <= 512:
+            raise ValueError(f"partial_max_tasks={max_tasks}; 1 to 512")
+        self._max_tasks = max_tasks
+        self._max_s = max_s
+        self._open: dict[Gather, Batch] = {}
+        self._sealed: list[Batch] = []
+
+    def __len__(self) -> int:
+        return sum(batch.size for batch in (*self._open.values(), *self._sealed))
+
+    def batch_for(self, gather: Gather, plan: bytes, now: float) -> Batch:
+        """Where the next result of this gather belongs."""
+        batch = self._open.get(gather)
+        if batch is None or batch.size >= self._max_tasks:
+            if batch is not None:
+                self._seal(batch)
+            batch = self._open[gather] = Batch(gather, plan, now)
+        return batch
+
+    def due(self, now: float, working: Sequence[Gather] | set[Gather]) -> list[Batch]:
+        """Batches to send now; they take no more results.
+
+        Args:
+            working: the gathers of which tasks are queued or running here.
+        """
+        for batch in list(self._open.values()):
+            if batch.size >= self._max_tasks or now - batch.opened_at >= self._max_s or batch.gather not in working:
+                self._seal(batch)
+        ready = [batch for batch in self._sealed if not batch.folding]
+        self._sealed = [batch for batch in self._sealed if batch.folding]
+        return [batch for batch in ready if batch.results]
+
+    def next_due_s(self, now: float) -> float:
+        """How long until an open batch is old enough."""
+        return min((batch.opened_at + self._max_s - now for batch in self._open.values()), default=3600.0)
+
+    def drop_job(self, job: str) -> list[Result]:
+        """The job is over: its results are wanted no more."""
+        gone = [batch for batch in (*self._open.values(), *self._sealed) if batch.gather[0] == job]
+        self._open = {gather: batch for gather, batch in self._open.items() if gather[0] != job}
+        self._sealed = [batch for batch in self._sealed if batch.gather[0] != job]
+        return [result for batch in gone for result in batch.results]
+
+    def _seal(self, batch: Batch) -> None:
+        batch.sealed = True
+        del self._open[batch.gather]
+        self._sealed.append(batch)
+
+
+def fold_into(batch: Batch, waiting: Sequence[Result]) -> list[tuple[Result, Exception | None]]:
+    """Add results to a batch, in the fold thread; what became of each."""
+    out: list[tuple[Result, Exception | None]] = []
+    for result in waiting:
+        if batch.fold is None:
+            batch.fold = PartialFold(batch.plan)
+        try:
+            batch.fold.add(result)
+        except (ValueError, OSError, Exception) as error:  # noqa: BLE001
+            out.append((result, error))
+        else:
+            out.append((result, None))
+    return out
+
+
+def describe(result: Result) -> dict[str, Any]:
+    """For logs."""
+    return {"job": result.job, "task": result.item.task, "attempt": result.item.attempt, "site": result.item.site}

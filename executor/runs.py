@@ -1,0 +1,77 @@
+"""The agent's own records: what was assigned, and each attempt on its way to a result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..serialization.messages import Assign, AssignItem, TaskRef
+from .context import TaskContext, TaskFunction
+from .jobs import JobFolder
+from .script import FunctionExecutor, ScriptExecutor
+from .taskio import TaskSpec
+
+Key = tuple[str, int]
+Stage = Literal["preparing", "waiting", "running", "folding", "storing"]
+
+
+@dataclass(slots=True)
+class Work:
+    """One Assign, prepared once for all of its tasks."""
+
+    assign: Assign
+    tail: bytes = b""
+    job: JobFolder | None = None
+    settings: ScriptExecutor | FunctionExecutor | None = None
+    function: TaskFunction | None = None  # embedded: runs in a thread of this process
+    payload: Path | bytes | None = None
+    plan: bytes | None = None  # the fold's, where results may be folded here
+    open: int = 0  # tasks not finished: the payload stays pinned as long
+
+    @property
+    def prefolds(self) -> bool:
+        """Whether results of these tasks may be folded here."""
+        return self.plan is not None
+
+
+@dataclass(slots=True)
+class Run:
+    """One attempt at one task."""
+
+    work: Work
+    item: AssignItem
+    stage: Stage = "preparing"
+    spec: TaskSpec | None = None
+    context: TaskContext | None = None  # embedded only
+    cancelled: bool = False
+    restarted: bool = False
+    started_at: float = 0.0
+    log_path: str = ""
+    log_start: int = 0
+    notes: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def key(self) -> Key:
+        """The attempt."""
+        return (self.item.task, self.item.attempt)
+
+    @property
+    def ref(self) -> TaskRef:
+        """The attempt, as messages name it."""
+        return TaskRef(self.item.task, self.item.attempt)
+
+    @property
+    def job(self) -> str:
+        """Its job's id."""
+        return self.work.assign.job
+
+    @property
+    def gather(self) -> tuple[str, str]:
+        """What may be folded together."""
+        return (self.work.assign.job, self.work.assign.gather)
+
+    @property
+    def lane(self) -> str:
+        """What must not overlap: a job's tasks at one site."""
+        return f"{self.work.assign.job}/{self.item.site}"

@@ -1,0 +1,153 @@
+"""``fedloom sim``: a simulation on this machine, of a job script or a job folder."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...serialization.errors import FedloomError, JobError
+from .common import DONE, FAILED, WRONG_USE, Json, LogFormat, LogLevel, command, print_json
+
+if TYPE_CHECKING:
+    from ..overrides import Overrides
+
+#: The documents' limit on clients, which -m raises.
+MAX_CLIENTS = 100
+
+
+@command
+def sim(
+    job: Annotated[Path, typer.Argument(metavar="JOB.py|JOB_FOLDER", help="A job script, or a job folder.")],
+    script_args: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ARGS]", help="The script's arguments.")
+    ] = None,
+    workspace: Annotated[
+        Path | None, typer.Option("-w", "--workspace", metavar="DIR", help="The run's folder is made in here.")
+    ] = None,
+    n_clients: Annotated[
+        int | None,
+        typer.Option("-n", "--n-clients", "--n_clients", min=1, metavar="N", help="site-1 to site-N."),
+    ] = None,
+    clients: Annotated[str | None, typer.Option("-c", "--clients", metavar="A,B", help="The clients' names.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", min=1, metavar="T", help="How many clients run at once.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("-gpu", "--gpu", metavar="GPUS", help="Such as 0,1 or [0,1],[2,3].")
+    ] = None,
+    max_clients: Annotated[
+        int, typer.Option("-m", "--max-clients", "--max_clients", min=1, metavar="MAX", help="At most so many clients.")
+    ] = MAX_CLIENTS,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, metavar="S", help="Instead of the job's own.")] = None,
+    log_level: LogLevel = None,
+    log_format: LogFormat = None,
+    as_json: Json = False,
+) -> None:
+    """Run a job on this machine, with the real protocol. Options win over what the script's SimEnv says."""
+    from ..logs import setup
+    from ..overrides import Overrides
+
+    level, json_lines = setup(log_level, log_format, default="warning")
+    if n_clients is not None and clients is not None:
+        raise JobError("-n and -c both say which clients there are: give one of them")
+    overrides = Overrides(
+        num_clients=n_clients,
+        clients=_names(clients),
+        num_threads=threads,
+        gpu_config=gpu,
+        workspace_root=workspace,
+        max_clients=max_clients,
+        seed=seed,
+        log_level=level,
+        log_json=json_lines,
+        show_progress=not as_json and not json_lines,
+    )
+    if job.is_dir():
+        if script_args:
+            raise JobError(f"arguments {script_args} are for a job script; {job} is a job folder")
+        _run_folder(job, overrides, as_json)
+    elif job.is_file():
+        _run_script(job, list(script_args or ()), overrides, as_json)
+    else:
+        raise JobError(f"{job} does not exist: name a job script or a job folder")
+
+
+def _names(clients: str | None) -> tuple[str, ...] | None:
+    if clients is None:
+        return None
+    names = tuple(name.strip() for name in clients.split(",") if name.strip())
+    if not names:
+        raise JobError(f"-c {clients!r} names no client; write -c site-1,site-2")
+    return names
+
+
+def _run_folder(folder: Path, overrides: Overrides, as_json: bool) -> None:
+    from ..simulate import SimOptions, raise_failure, simulate
+
+    result = simulate(SimOptions().overridden(overrides), folder=folder)
+    if as_json:
+        print_json(
+            {
+                "job_id": result.job_id,
+                "status": result.status,
+                "reason": result.reason,
+                "path": str(result.result_dir),
+            }
+        )
+    else:
+        typer.echo(f"{result.job_id} {result.status}")
+        typer.echo(f"results: {result.result_dir}")
+    raise_failure(result)
+
+
+def _run_script(script: Path, args: list[str], overrides: Overrides, as_json: bool) -> None:
+    """Run the script as Python would, with the options in force; exit as its jobs, or the script itself, did."""
+    from ..overrides import applied
+
+    sys.argv = [str(script), *args]
+    sys.path.insert(0, str(script.resolve().parent))
+    code = DONE
+    with applied(overrides):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as stop:
+            code = _script_code(stop)
+        except (FedloomError, KeyboardInterrupt):
+            if as_json:
+                _print_runs(overrides)
+            raise
+        except Exception as error:  # noqa: BLE001 - the user's script may raise anything; its traceback is the answer
+            _show_script_error(error, script)
+            code = FAILED
+    if as_json:
+        _print_runs(overrides)
+    if code == DONE and not overrides.statuses:
+        typer.echo(f"error: {script} ran no job; it must call recipe.execute(SimEnv(...))", err=True)
+        code = WRONG_USE
+    failed = [status for _, status in overrides.statuses if status not in ("FINISHED:COMPLETED", "SUBMITTED")]
+    raise typer.Exit(code or (FAILED if failed else DONE))
+
+
+def _print_runs(overrides: Overrides) -> None:
+    runs = [{"job_id": job, "status": status} for job, status in overrides.statuses]
+    print_json((runs[-1] if runs else {"job_id": None, "status": None}) | {"runs": runs})
+
+
+def _script_code(stop: SystemExit) -> int:
+    if stop.code is None or isinstance(stop.code, int):
+        return stop.code or DONE
+    typer.echo(str(stop.code), err=True)
+    return FAILED
+
+
+def _show_script_error(error: Exception, script: Path) -> None:
+    """The traceback as running the script by Python would show it: without the frames of this command."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename != str(script):
+        trace = trace.tb_next
+    traceback.print_exception(type(error), error, trace or error.__traceback__)

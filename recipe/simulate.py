@@ -1,0 +1,177 @@
+"""From a job, or a job folder, to a finished simulation: what `SimEnv` and `fedloom sim` share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..serialization.archive import folder_entries
+from ..serialization.errors import FedloomError, GatherError, JobError, TaskError
+from ..serialization.jobspec import JobSpec, check_site_name
+from . import overrides
+from .options import whole
+from .run import ABORTED, COMPLETED
+from .workspace import run_folder
+
+if TYPE_CHECKING:
+    from ..sim.launcher import SimResult
+    from .job import Job
+
+
+DEFAULT_WORKSPACE = "fedloom-workspace"
+#: As many clients as a simulation without any other word has.
+_DEFAULT_CLIENTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class SimOptions:
+    """A simulation's settings, whether they come from a script, a command line or both."""
+
+    num_clients: int = 0
+    clients: tuple[str, ...] = ()
+    num_threads: int | None = None
+    gpu_config: str | None = None
+    workspace_root: Path | None = None
+    max_clients: int | None = None
+    seed: int | None = None
+    log_level: str = "warning"
+    log_json: bool = False
+    show_progress: bool = True
+    extra: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        whole(self.num_clients, "num_clients")
+        if self.num_threads is not None:
+            whole(self.num_threads, "num_threads", 1)
+        for name in self.clients:
+            check_site_name(name)
+        if len(set(self.clients)) != len(self.clients):
+            raise JobError(f"clients={list(self.clients)} names a client twice")
+        if self.clients and self.num_clients not in (0, len(self.clients)):
+            raise JobError(f"num_clients={self.num_clients} but clients names {len(self.clients)}: give one of the two")
+
+    def overridden(self, by: overrides.Overrides | None) -> SimOptions:
+        """These settings with a command line's before them."""
+        if by is None:
+            return self
+        clients = self.clients if by.clients is None and by.num_clients is None else (by.clients or ())
+        num_clients = self.num_clients if by.clients is None and by.num_clients is None else (by.num_clients or 0)
+        return SimOptions(
+            num_clients=num_clients,
+            clients=clients,
+            num_threads=_first(by.num_threads, self.num_threads),
+            gpu_config=_first(by.gpu_config, self.gpu_config),
+            workspace_root=_first(by.workspace_root, self.workspace_root),
+            max_clients=_first(by.max_clients, self.max_clients),
+            seed=_first(by.seed, self.seed),
+            log_level=by.log_level or self.log_level,
+            log_json=self.log_json if by.log_json is None else by.log_json,
+            show_progress=self.show_progress if by.show_progress is None else by.show_progress,
+            extra=self.extra,
+        )
+
+    def sites_for(self, spec: JobSpec) -> list[str]:
+        """The simulated sites: those named, site-1 to site-N, or the job's own; without any word two, or min_clients.
+
+        Raises:
+            JobError: fewer than ``min_clients``, more than ``max_clients``, or not those that the job names.
+        """
+        sites = list(self.clients) or [f"site-{number + 1}" for number in range(self.num_clients)]
+        if spec.sites is not None:
+            if sites and (missing := sorted(set(spec.sites) - set(sites))):
+                raise JobError(f"job {spec.name!r} needs site {missing[0]!r}, which is not among the clients {sites}")
+            sites = sites or list(spec.sites)
+        sites = sites or [f"site-{number + 1}" for number in range(max(_DEFAULT_CLIENTS, spec.min_clients))]
+        if spec.min_clients > len(sites):
+            raise JobError(
+                f"min_clients={spec.min_clients} but the simulation has {len(sites)} clients: no round could close;"
+                " raise num_clients or lower min_clients"
+            )
+        if self.max_clients is not None and len(sites) > self.max_clients:
+            raise JobError(f"{len(sites)} clients; at most {self.max_clients}: raise it with -m, or have fewer")
+        return sites
+
+    def workspace_for(self, name: str) -> Path:
+        """The folder of this job's runs."""
+        root = self.workspace_root or Path(os.environ.get("FEDLOOM_WORKSPACE") or DEFAULT_WORKSPACE)
+        return root.expanduser().resolve() / name
+
+
+def _first(one: Any, other: Any) -> Any:
+    return other if one is None else one
+
+
+def simulate(options: SimOptions, *, job: Job | None = None, folder: Path | None = None) -> SimResult:
+    """Run a job, or the job in a folder, to its end in a workspace of its own.
+
+    Raises:
+        JobError: the job does not fit the options, or the workspace is not fedloom's to write into.
+    """
+    from ..sim.launcher import SimConfig, run_simulation
+
+    spec = job.spec() if job is not None else JobSpec.load(_given(folder))
+    sites = options.sites_for(spec)
+    seed = spec.seed if options.seed is None else options.seed
+    threads = min(len(sites), options.num_threads or len(sites))
+    with run_folder(options.workspace_for(spec.name)) as workspace:
+        source = workspace / "job"
+        if job is not None:
+            job.export(source)
+        else:
+            _copy(_given(folder), source)
+        if seed != spec.seed:
+            replace(spec, seed=seed).write(source)
+        return run_simulation(
+            SimConfig(
+                job_folder=source,
+                sites=sites,
+                threads=threads,
+                gpu=options.gpu_config,
+                workspace=workspace,
+                seed=seed,
+                show_progress=options.show_progress,
+                log_level=options.log_level,
+                log_json=options.log_json,
+                **options.extra,
+            )
+        )
+
+
+def _given(folder: Path | None) -> Path:
+    assert folder is not None, "a job or a folder"
+    return folder
+
+
+def _copy(folder: Path, dest: Path) -> None:
+    for name, path in folder_entries(folder):
+        place = dest / name
+        if path.is_dir():
+            place.mkdir(parents=True, exist_ok=True)
+        else:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+
+
+def raise_failure(result: SimResult) -> None:
+    """Raise what ended a simulation before its time.
+
+    Raises:
+        TaskError: a site's code failed; its traceback is the message.
+        GatherError: the job failed for another reason. FedloomError: it was aborted.
+    """
+    if result.status == COMPLETED:
+        return
+    error: FedloomError
+    failure = next((item for item in result.failures if item.text), None)
+    if result.status == ABORTED:
+        error = FedloomError(f"job {result.job_id} was aborted{': ' if result.reason else ''}{result.reason}")
+    elif failure is not None:
+        error = TaskError(failure.site, failure.text)
+    else:
+        error = GatherError(result.reason or f"job {result.job_id} ended as {result.status}")
+    if result.result_dir.is_dir():
+        error.add_note(f"logs and results: {result.result_dir}")
+    raise error

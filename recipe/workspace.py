@@ -1,0 +1,97 @@
+"""Folders that fedloom may write into and replace: only those that it made itself, marked by a file ``.fedloom``."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..serialization.errors import JobError, StorageError
+
+MARKER = ".fedloom"
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether fedloom made this folder."""
+    return (folder / MARKER).is_file()
+
+
+def mark(folder: Path, what: str) -> None:
+    """Make a folder and mark it.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    from .. import __version__
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARKER).write_text(json.dumps({"made_by": f"fedloom {__version__}", "what": what}) + "\n")
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
+def claim_folder(folder: Path, what: str) -> Path:
+    """An empty, marked folder at this place. One that fedloom made is moved to ``<name>.previous`` first.
+
+    Raises:
+        JobError: something that fedloom did not make is there.
+        StorageError: the disk refused.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise JobError(f"{folder} is not a folder; name another place for the {what}")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not is_ours(folder):
+            raise JobError(
+                f"{folder} holds files that fedloom did not make (it has no {MARKER}), and is left alone:"
+                f" name another place for the {what}, or an empty folder"
+            )
+        _move_away(folder, what)
+    mark(folder, what)
+    return folder
+
+
+def _move_away(folder: Path, what: str) -> None:
+    previous = folder.with_name(folder.name + ".previous")
+    if previous.exists():
+        if not is_ours(previous):
+            raise JobError(f"{previous} is in the way of the last {what} and was not made by fedloom: move it")
+        shutil.rmtree(previous, ignore_errors=True)
+    try:
+        folder.rename(previous)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be moved to {previous.name}: {error.strerror or error}") from None
+
+
+@contextmanager
+def run_folder(folder: Path) -> Generator[Path]:
+    """The folder of one simulation, held for as long as it runs.
+
+    Raises:
+        JobError: another simulation runs there, or fedloom did not make the folder.
+        StorageError: the disk refused.
+    """
+    if is_ours(folder):
+        with _held(folder):
+            pass  # nobody else runs there: it may be moved away
+    claim_folder(folder, "simulation")
+    with _held(folder):
+        yield folder
+
+
+@contextmanager
+def _held(folder: Path) -> Generator[None]:
+    # A POSIX record lock: unlike flock it is not shared with forked children, so it ends with this very process.
+    handle = os.open(folder / MARKER, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise JobError(f"another simulation is running in {folder}: name another workspace") from None
+        yield
+    finally:
+        os.close(handle)

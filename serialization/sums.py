@@ -1,0 +1,261 @@
+"""The running state of a fold a tensor: its sum, its denominator, and the exact totals that judge the scale.
+
+Beside the sum proper each tensor has four integers: how many results had it, the sum of their weights, the total of
+``w * max|x|`` and how many were over (too large for the scale, and so in the totals but not in the sum). They are exact,
+order-free and invertible, and whether the scale was good is decided on them alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dtypes import DTYPES, is_float, is_int
+from .fixedpoint import (
+    BLOCK,
+    MAX_VALUE,
+    Bytes,
+    FixedSums,
+    Floats,
+    Ints,
+    Widener,
+    exact_units,
+    exponent_from_total,
+    in_range,
+    is_fine,
+    is_over,
+    largest_magnitude,
+)
+from .foldplan import FoldPlan, Kind
+from .intsum import WEIGHT_BITS, IntSum, weight_digits
+from .tally import Contribution
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of one tensor's sum.
+
+    Attributes:
+        count: results that had the tensor.
+        weight: the sum of their weights, in units of 2^-120.
+        total: the sum of w * max|x|, in units of 2^-1074; 0 for integer tensors.
+        over: results that were too large for the scale.
+    """
+
+    count: int = 0
+    weight: int = 0
+    total: int = 0
+    over: int = 0
+
+    def add(self, other: Record, sign: int = 1) -> None:
+        """Add another record, or take it out with ``sign`` -1."""
+        self.count += sign * other.count
+        self.weight += sign * other.weight
+        self.total += sign * other.total
+        self.over += sign * other.over
+
+
+class RunningMeans:
+    """The float32 running means that stand in for `FixedSums` where a plan is not exact.
+
+    Half the memory and fewer passes, but the last bits depend on the order, and nothing can be taken out again.
+    """
+
+    __slots__ = ("_dtypes", "_means", "_scratch", "_starts", "_weights", "_widener", "exponents")
+
+    exact: Final = False
+
+    def __init__(self, dtypes: tuple[str, ...], sizes: tuple[int, ...]) -> None:
+        self._dtypes = dtypes
+        starts = [0]
+        for size in sizes:
+            starts.append(starts[-1] + size)
+        self._starts = tuple(starts)
+        self._means: NDArray[np.float32] = np.empty(0, np.float32)
+        self._scratch: NDArray[np.float32] = np.empty(0, np.float32)
+        self._weights = [0.0] * len(sizes)
+        self._widener = Widener()
+        self.exponents: tuple[int, ...] = ()
+
+    def add(self, index: int, start: int, raw: Bytes, weight: float) -> tuple[float, int]:
+        """Move a tensor's means towards a result's values, which were checked before; as `FixedSums.add`."""
+        if not self._means.size:
+            self._means = np.zeros(self._starts[-1], np.float32)
+            self._scratch = np.empty(BLOCK, np.float32)
+        dtype = self._dtypes[index]
+        itemsize = DTYPES[dtype].itemsize
+        means = self._means[self._starts[index] + start : self._starts[index + 1]]
+        share = np.float32(weight / (self._weights[index] + weight))
+        count = raw.size // itemsize
+        for first in range(0, count, BLOCK):
+            last = min(first + BLOCK, count)
+            step = self._scratch[: last - first]
+            block = means[first:last]
+            values = self._widener.read(raw[first * itemsize : last * itemsize], dtype)
+            np.subtract(values, block, out=step, casting="same_kind")
+            np.multiply(step, share, out=step)
+            np.add(block, step, out=block)
+        return 0.0, count
+
+    def settle(self, index: int, weight: float) -> None:
+        """Count a result of which all elements of a tensor were added."""
+        self._weights[index] += weight
+
+    def mean(self, index: int, start: int, count: int, denominator: float, out: Floats) -> None:
+        """Write elements from ``start`` on as float64; as `FixedSums.mean`."""
+        first = self._starts[index] + start
+        np.copyto(out, self._means[first : first + out.size])
+
+
+class Sums:
+    """All sums of a fold, by the index of the tensor in the plan."""
+
+    def __init__(self, plan: FoldPlan) -> None:
+        self._plan = plan
+        self.folded = plan.folded()
+        dtypes = tuple(t.dtype for t in plan.tensors)
+        active = zip(plan.tensors, self.folded, strict=True)
+        sizes = tuple(t.items if folded and is_float(t.dtype) else 0 for t, folded in active)
+        self.floats: FixedSums | RunningMeans = (FixedSums if plan.exact else RunningMeans)(dtypes, sizes)
+        self.ints: dict[int, IntSum] = {}
+        self.records = [Record() for _ in plan.tensors]
+
+    def use(self, kind: Kind) -> None:
+        """Take the scales of this kind of results; before the first addition."""
+        self.floats.exponents = self._plan.exponents(kind)
+
+    def int_sum(self, index: int) -> IntSum:
+        """The sum of an integer tensor."""
+        if index not in self.ints:
+            tensor = self._plan.tensors[index]
+            self.ints[index] = IntSum(tensor.dtype, tensor.items)
+        return self.ints[index]
+
+    def record_of(self, index: int, contribution: Contribution, largest: float) -> Record:
+        """What one result with this max|x| adds to a tensor's record."""
+        tensor = self._plan.tensors[index]
+        if not is_float(tensor.dtype) or not self._plan.exact:
+            return Record(1, contribution.units)
+        over = is_over(largest, contribution.weight, self.floats.exponents[index])
+        return Record(1, contribution.units, exact_units(largest * contribution.weight), int(over))
+
+    def settle(self, index: int, contribution: Contribution, largest: float, *, subtract: bool = False) -> None:
+        """Count a result of which all elements of a tensor were added (or taken out)."""
+        self.records[index].add(self.record_of(index, contribution, largest), -1 if subtract else 1)
+        if isinstance(self.floats, RunningMeans):
+            self.floats.settle(index, contribution.weight)
+
+    def better_scales(self, kind: Kind) -> dict[int, int]:
+        """New exponents for the tensors whose scale was too large or too small for what came; empty when all were good.
+
+        Too large: a result was over, or the sum could have wrapped. Too small: rounding could show beside the results'
+        magnitude, or for DIFF beside the model's, which the sum is added to.
+        """
+        if not self._plan.exact:
+            return {}
+        out: dict[int, int] = {}
+        for index, record in enumerate(self.records):
+            if not record.total:
+                continue
+            exponent = self.floats.exponents[index]
+            better = exponent_from_total(record.total)
+            if record.over or not in_range(record.total, exponent):
+                out[index] = better
+                continue
+            seen = record.total
+            if kind == "DIFF":
+                seen = max(seen, (exact_units(self._plan.base_max[index]) * record.weight) >> WEIGHT_BITS)
+            if not is_fine(seen, record.count, exponent) and better > exponent:
+                out[index] = better
+        return out
+
+    def magnitude(self, index: int) -> float:
+        """The weighted mean of the results' max|x|; 0 where there are none."""
+        record = self.records[index]
+        if not record.total:
+            return 0.0
+        # units of 2^-1074 over units of 2^-120
+        return record.total / (record.weight << (1074 - WEIGHT_BITS))
+
+    def mean(self, index: int, start: int, out: Floats) -> None:
+        """Write the weighted mean of a float tensor's elements from ``start`` on."""
+        record = self.records[index]
+        self.floats.mean(index, start, record.count, record.weight / (1 << WEIGHT_BITS), out)
+
+    def is_float(self, index: int) -> bool:
+        """Whether a tensor is one of floats."""
+        return is_float(self._plan.tensors[index].dtype)
+
+    def mean_of(self, index: int) -> Floats:
+        """A whole float tensor's weighted mean, in its shape."""
+        out = np.empty(self._plan.tensors[index].items, np.float64)
+        self.mean(index, 0, out)
+        return out.reshape(self._plan.tensors[index].shape)
+
+    def combine(self, index: int, record: Record, sums: list[Ints], lowest: int, *, subtract: bool = False) -> None:
+        """Add (or take out) a partial's tensor: a float tensor's raw sums, or an integer tensor's limbs."""
+        if not isinstance(self.floats, FixedSums):
+            raise TypeError("running means cannot be combined")
+        self.records[index].add(record, -1 if subtract else 1)
+        if is_int(self._plan.tensors[index].dtype):
+            self.int_sum(index).combine(lowest, sums, subtract=subtract)
+        elif sums:
+            self.floats.combine(index, sums[0], subtract=subtract)
+
+
+class Addition:
+    """The sink that adds one result to the sums, or takes it out."""
+
+    __slots__ = ("_begun", "_contribution", "_digits", "_plan", "_subtract", "_sums")
+
+    def __init__(self, plan: FoldPlan, sums: Sums, contribution: Contribution, *, subtract: bool = False) -> None:
+        self._plan = plan
+        self._sums = sums
+        self._contribution = contribution
+        self._digits = weight_digits(contribution.units)
+        self._subtract = subtract
+        self._begun: set[int] = set()
+
+    def add(self, index: int, start: int, raw: Bytes) -> tuple[float, int]:
+        """Add elements from ``start`` on: max|x|, and how many were added; fewer than given before one that is bad."""
+        dtype = self._plan.tensors[index].dtype
+        if is_float(dtype):
+            if isinstance(self._sums.floats, FixedSums):
+                return self._sums.floats.add(index, start, raw, self._contribution.weight, subtract=self._subtract)
+            return self._sums.floats.add(index, start, raw, self._contribution.weight)
+        total = self._sums.int_sum(index)
+        if index not in self._begun:
+            total.begin(self._digits)
+            self._begun.add(index)
+        values = raw.view(DTYPES[dtype].numpy)
+        total.add(start, values, self._digits, subtract=self._subtract)
+        return 0.0, values.size
+
+
+class Scan:
+    """The sink that adds nothing and only looks for NaN, Inf and values beyond 2^900."""
+
+    __slots__ = ("_plan", "_widener")
+
+    def __init__(self, plan: FoldPlan) -> None:
+        self._plan = plan
+        self._widener = Widener()
+
+    def add(self, index: int, start: int, raw: Bytes) -> tuple[float, int]:
+        """As `Addition.add`, without adding."""
+        dtype = self._plan.tensors[index].dtype
+        itemsize = DTYPES[dtype].itemsize
+        count = raw.size // itemsize
+        if not is_float(dtype):
+            return 0.0, count
+        largest = 0.0
+        for first in range(0, count, BLOCK):
+            block: NDArray[Any] = self._widener.read(raw[first * itemsize : (first + BLOCK) * itemsize], dtype)
+            magnitude = largest_magnitude(block)
+            if not magnitude <= MAX_VALUE:
+                return largest, first
+            largest = max(largest, magnitude)
+        return largest, count
