@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from workload import note, update
-
 import fedloom.client as flare
+from workload import note, update
 
 
 def main() -> None:

@@ -75,11 +75,11 @@ def run(argv: Sequence[str], timeout_s: float = 900.0) -> Measured:
 def sample(root: int, seen: dict[tuple[int, str], Seen], now_s: float) -> None:
     """Note every process of the tree as it is now."""
     children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
             with contextlib.suppress(OSError, IndexError, ValueError):
-                stat = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-                children.setdefault(int(stat[1]), []).append(int(entry))
+                stat = (folder / "stat").read_text().rpartition(")")[2].split()
+                children.setdefault(int(stat[1]), []).append(int(folder.name))
     waiting = [root]
     while waiting:
         pid = waiting.pop()
@@ -98,15 +98,21 @@ def _note(pid: int, root: int, seen: dict[tuple[int, str], Seen], now_s: float) 
     if process is None:
         process = seen[pid, born] = Seen(pid, "", "", first_s=now_s)
     process.command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    process.role = "launcher" if pid == root else role_of(status["Name"].strip(), process.command)
+    process.role = "launcher" if pid == root else role_of(pid, status["Name"].strip(), process.command)
     process.hwm_kib = max(process.hwm_kib, int(status["VmHWM"].split()[0]))
     process.anon_kib = max(process.anon_kib, int(status["RssAnon"].split()[0]))
     process.last_s = now_s
 
 
-def role_of(name: str, command: str) -> str:
-    """What a process is, by the name that it gave itself, else by its command line."""
-    return name if not name.startswith("python") else command[-60:]
+def role_of(pid: int, name: str, command: str) -> str:
+    """What a process is: the name that it gave itself, else of the log that it writes, else its command line's end."""
+    if not name.startswith("python"):
+        return name
+    with contextlib.suppress(OSError):
+        log = Path(f"/proc/{pid}/fd/1").readlink()
+        if log.suffix == ".log":
+            return log.stem
+    return command[-50:]
 
 
 def by_role(processes: Sequence[Seen]) -> list[dict[str, Any]]:
@@ -123,11 +129,6 @@ def by_role(processes: Sequence[Seen]) -> list[dict[str, Any]]:
         }
         for role, group in groups.items()
     ]
-
-
-def peak_of_bare_loop(argv: Sequence[str]) -> Measured:
-    """The same for the bare loop, in a process of its own, so that the two figures mean the same."""
-    return run(argv)
 
 
 def machine() -> dict[str, Any]:

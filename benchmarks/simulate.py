@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from fedloom.recipe import NumpyFedAvgRecipe, SimEnv
 from safetensors.numpy import load_file
 from workload import expected, model, note
-
-from fedloom.recipe import NumpyFedAvgRecipe, SimEnv
 
 HERE = Path(__file__).resolve().parent
 
@@ -38,9 +37,7 @@ def main() -> None:
         train_script=str(HERE / "client.py"),
         train_args=f"'{events}'",
     )
-    env = SimEnv(
-        num_clients=args.clients, num_threads=args.threads, workspace_root=args.workspace, show_progress=False
-    )
+    env = SimEnv(num_clients=args.clients, num_threads=args.threads, workspace_root=args.workspace, show_progress=False)
     run = recipe.execute(env)
     note(events, "end")
     wall_s = time.perf_counter() - started

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ def expected(clients: int, rounds: int) -> float:
     return rounds * 0.01 * sum(c * c for c in numbers) / sum(numbers)
 
 
-def bare_loop(kind: str, mib: int, tensors: int, clients: int, rounds: int) -> tuple[list[float], dict[str, np.ndarray]]:
+def bare_loop(
+    kind: str, mib: int, tensors: int, clients: int, rounds: int
+) -> tuple[list[float], dict[str, np.ndarray]]:
     """The same work in one process and without any of fedloom: seconds of each round, and the model."""
     current = model(kind, mib, tensors)
     seconds: list[float] = []
@@ -86,4 +89,4 @@ def round_seconds(events: Path) -> tuple[float, list[float]]:
         if entry["event"] == "task":
             first[entry["round"]] = min(first.get(entry["round"], float("inf")), entry["at"])
     starts = [first[number] for number in sorted(first)]
-    return starts[0], [later - earlier for earlier, later in zip(starts, starts[1:], strict=False)]
+    return starts[0], [later - earlier for earlier, later in pairwise(starts)]

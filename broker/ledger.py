@@ -11,7 +11,7 @@ import heapq
 import random
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..serialization.errors import FaultError, NondeterministicError
@@ -91,6 +91,8 @@ class Ledger:
         self.site_states: dict[tuple[JobId, Site], SiteState] = {}
         #: stale attempts to tell their owners of: (node, job, attempt)
         self.cancels: list[tuple[str, JobId, TaskRef]] = []
+        #: tasks that have failed or died, for the job's events
+        self.bad_ends: list[Task] = []
         self.fresh: list[FreshResult] = []
         self.dirty_tasks: dict[TaskId, Task] = {}
         self.dirty_gathers: dict[GatherId, Gather] = {}
@@ -458,6 +460,7 @@ class Ledger:
         gather = self.gathers[task.gather]
         task.code, task.text = code, text[:MAX_FAILURE_TEXT]
         gather.failed.append(task.id)
+        self.bad_ends.append(task)
         self.end_task(gather, task, status)
         self.check(gather, now)
 
@@ -472,11 +475,27 @@ class Ledger:
         if not unended:
             del self._unended[task.site]
 
-    def restore_task(self, gather: Gather, task: Task, now: float) -> None:
-        """A done task whose result was lost on the disk is queued again."""
-        task.status, task.owner, task.code = "queued", "", "lost_payload"
-        self.dirty_tasks[task.id] = task
-        self.adopt_task(gather, task, now)
+    def lose_results(self, gather: Gather, gone: set[int], now: float) -> None:
+        """Results went with their payloads: their tasks are queued again, the others are numbered anew.
+
+        Whoever has folded some of them must start over, see `open`.
+        """
+        lost = [gather.results[index] for index in sorted(gone)]
+        gather.results = [r for index, r in enumerate(gather.results) if index not in gone]
+        for name in {r.partial for r in lost if r.partial}:
+            del gather.partials[name]
+        for name, info in list(gather.partials.items()):
+            first = next(at for at, r in enumerate(gather.results) if r.partial == name)
+            gather.partials[name] = replace(info, first=first)
+        gather.state, gather.reason, gather.quorum_at, gather.lost = "open", "", None, True
+        self.dirty_gathers[gather.id] = gather
+        for result in lost:
+            task = self.tasks[result.task]
+            task.status, task.owner, task.code = "queued", "", "lost_payload"
+            self.dirty_tasks[task.id] = task
+            self.adopt_task(gather, task, now)
+        for when in next_check(gather):
+            self._timer(max(now, when), "gather", gather.id)
 
     def _cancel_stale(self, node: str, ref: TaskRef) -> None:
         task = self.tasks.get(ref.task)

@@ -94,6 +94,11 @@ class Federation:
         #: the models put or loaded last, so that none is encoded and hashed again
         self._models: deque[tuple[FLModel, PayloadRef]] = deque(maxlen=3)
 
+    @property
+    def site_count(self) -> int:
+        """How many sites the job names; 0 if it takes whoever is connected."""
+        return len(self._sites)
+
     # ------------------------------------------------------------ models and rounds
 
     def rounds(self, num_rounds: int) -> Iterator[int]:

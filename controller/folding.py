@@ -20,10 +20,10 @@ from ..serialization.errors import (
 )
 from ..serialization.faultpoints import fault_point
 from ..serialization.feeder import Feeder
-from ..serialization.fold import Fold, Good
-from ..serialization.foldplan import FoldPlan
+from ..serialization.fold import Good
 from ..serialization.header import header_bytes_needed, read_header
 from ..serialization.messages import Failure
+from .aggregators.base import Aggregate
 from .federation import Federation
 from .gather import Gather, Result
 from .records import RoundRecord
@@ -47,33 +47,31 @@ class Folding:
         self,
         fed: Federation,
         gather: Gather,
-        plan: FoldPlan,
+        aggregate: Aggregate,
         record: RoundRecord,
         *,
-        start: Callable[[FoldPlan], Fold] = Fold,
         checkpoint_bytes: int | None = None,
     ) -> None:
-        self.fold = start(plan)
+        self.aggregate = aggregate
         self.refused: list[Failure] = []
         self._fed = fed
         self._gather = gather
         self._record = record
-        self._start = start
         self._results: list[Result] = []
         self._covered = 0
         self._since_checkpoint = 0
         model_bytes = gather.opening.payload.size if gather.opening.payload else 0
         self._checkpoint_bytes = checkpoint_bytes or max(CHECKPOINT_BYTES, _MODELS_A_CHECKPOINT * model_bytes)
 
-    def run(self) -> Fold:
-        """Fold the gather's results as they arrive; the fold is good when this returns.
+    def run(self) -> Aggregate:
+        """Fold the gather's results as they arrive; the aggregate can be finished when this returns.
 
         Raises:
             GatherError: fewer good results than ``min_clients``.
             WeightError: weights missing from some results, or not positive.
         """
         for result in self._gather:
-            self._add(self.fold, result)
+            self._add(self.aggregate, result)
             self._results.append(result)
             self._record.add(result)
             self._since_checkpoint += 0 if result.partial and result.start < self._covered else result.size
@@ -81,12 +79,14 @@ class Folding:
             if self._since_checkpoint > self._checkpoint_bytes:
                 self._checkpoint()
         wanted = self._gather.opening.rule.min_clients
-        if self.fold.count < wanted:
+        if self.aggregate.count < wanted:
             first = f"\n{self.refused[0].site}: {self.refused[0].text}" if self.refused else ""
-            raise GatherError(f"round {self._gather.opening.round}: {self.fold.count} good results of {wanted}{first}")
+            raise GatherError(
+                f"round {self._gather.opening.round}: {self.aggregate.count} good results of {wanted}{first}"
+            )
         return self._rescaled()
 
-    def _add(self, fold: Fold, result: Result) -> None:
+    def _add(self, fold: Aggregate, result: Result) -> None:
         started = time.monotonic()
         try:
             if result.partial:
@@ -106,13 +106,16 @@ class Folding:
         finally:
             self._record.fold_s += time.monotonic() - started
 
-    def _add_single(self, fold: Fold, result: Result) -> None:
+    def _add_single(self, fold: Aggregate, result: Result) -> None:
         ref = result.payload
-        if ref is None or (local := self._fed.local_path(ref)) is not None:
-            source: bytes | Path | None = result.inline if ref is None else local
-            fold.add(source or None, site=result.site, meta=result.meta)
+        if ref is None:
+            fold.add(result.inline or None, site=result.site, meta=result.meta)
             return
-        intake = _Intake(ref.size, lambda header: fold.start(header, site=result.site, meta=result.meta))
+        local = self._fed.local_path(ref)
+        if local is not None:
+            fold.add(local, site=result.site, meta=result.meta)
+            return
+        intake = _Intake(ref.size, lambda header: fold.begin(header, site=result.site, meta=result.meta))
         try:
             self._fed.link.stream(ref, intake.feed)
             intake.finish()
@@ -130,7 +133,7 @@ class Folding:
     def _checkpoint(self) -> None:
         """The aggregate as a payload; then the results that it holds may go from the spool."""
         covered = self._results[-1].start + len(self._results[-1].items)
-        buffers, size = self.fold.to_partial()
+        buffers, size = self.aggregate.to_partial()
         ref = self._fed.put_partial(buffers, size)
         fault_point("job.before_checkpoint")
         self._fed.checkpoint(self._gather, ref, covered)
@@ -138,18 +141,18 @@ class Folding:
         self._covered = covered
         self._since_checkpoint = 0
 
-    def _rescaled(self) -> Fold:
+    def _rescaled(self) -> Aggregate:
         """Fold again as long as the scales were not good for the closed set; decided on its exact totals alone."""
         singly: list[Result] = []
         for _ in range(_MAX_REFOLDS):
-            verdict = self.fold.check()
+            verdict = self.aggregate.check()
             if isinstance(verdict, Good):
-                return self.fold
+                return self.aggregate
             self._record.refolds += 1
             refused = {failure.task for failure in self.refused}
             again = [r for r in self._results if not r.partial and r.start >= self._covered] + singly
             lost = [r for r in self._results if r.partial or r.start < self._covered] if not singly else []
-            fold = self._start(verdict.plan)
+            fold = self.aggregate.again(verdict.plan)
             for result in again:
                 if result.items[0].task not in refused:
                     self._add(fold, result)
@@ -159,7 +162,7 @@ class Folding:
                 for result in self._gather.redo(sites, self._fed.put_blob(verdict.plan.to_bytes())):
                     self._add(fold, result)
                     singly.append(result)
-            self.fold = fold
+            self.aggregate = fold
         raise FoldError(f"round {self._gather.opening.round}: no scale was good after {_MAX_REFOLDS} folds")
 
 

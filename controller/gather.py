@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +97,7 @@ class Gather:
         """Close now with the results that are there; the rest of the tasks are cancelled."""
         self._federation.close_gather(self)
 
-    def redo(self, sites: list[str], fold: PayloadRef | None) -> Gather:
+    def redo(self, sites: Sequence[str], fold: PayloadRef | None) -> Gather:
         """The same tasks of these sites again, singly: their results were in partials that cannot be folded again."""
         self._redos += 1
         log.info("gather_redo", round=self.opening.round, sites=len(sites))

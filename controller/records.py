@@ -40,7 +40,7 @@ class RoundRecord:
             if item.restarted:
                 self.state_lost.append(item.site)
             if len(self.sites) < MAX_LISTED:
-                meta = item.meta.get("meta") or {}
+                meta: dict[str, Any] = item.meta.get("meta") or {}
                 site: dict[str, Any] = {"name": item.site, "run_s": round(item.run_s, 4)}
                 if item.meta.get("metrics"):
                     site["metrics"] = item.meta["metrics"]

@@ -46,9 +46,9 @@ class LinkLike(Protocol):
 
     local: Any
 
-    def start(self, timeout_s: float = ...) -> Welcome: ...  # noqa: D102
-    def send(self, message: Message, tail: Buffer = b"") -> None: ...  # noqa: D102
-    def put(  # noqa: D102
+    def start(self, timeout_s: float = ...) -> Welcome: ...
+    def send(self, message: Message, tail: Buffer = b"") -> None: ...
+    def put(
         self,
         ref: PayloadRef,
         source: Sequence[Buffer] | Path,
@@ -59,9 +59,9 @@ class LinkLike(Protocol):
         attempt: int = 0,
         timeout_s: float = 3600.0,
     ) -> PayloadRef: ...
-    def put_local(self, ref: PayloadRef, name: str, *, timeout_s: float = 600.0, **owner: Any) -> PayloadRef: ...  # noqa: D102
-    def fetch(self, ref: PayloadRef, timeout_s: float = 3600.0, dest: Path | None = None) -> Path | bytes: ...  # noqa: D102
-    def close(self, reason: str = "") -> None: ...  # noqa: D102
+    def put_local(self, ref: PayloadRef, name: str, *, timeout_s: float = 600.0, **owner: Any) -> PayloadRef: ...
+    def fetch(self, ref: PayloadRef, timeout_s: float = 3600.0, dest: Path | None = None) -> Path | bytes: ...
+    def close(self, reason: str = "") -> None: ...
 
 
 @dataclass(slots=True)
@@ -137,8 +137,8 @@ class Delivery:
 
     def drop(self, key: Key) -> None:
         """This attempt's result is not wanted any more."""
-        if self._singles.pop(key, None) is not None:
-            self._outbox.remove(key)
+        if key in self._singles:
+            self._leave(key, False)
 
     def repeat(self) -> None:
         """The link is new: what was said on the old one may be lost."""

@@ -182,7 +182,7 @@ def run_task(function: TaskFunction, spec: TaskSpec, report: Any, running: Any =
         text = user_traceback(error) if deeper else str(error)
         print(text, file=sys.stderr, flush=True)
         return failed | {"code": "bad_result", "text": tail_text(text)}
-    except BaseException as error:  # noqa: BLE001 - user code's outermost guard: whatever it was, the user must see it
+    except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
         text = user_traceback(error)
@@ -279,7 +279,7 @@ def run_command(channel: Channel, start: Map) -> int:
             cwd=start.get("cwd") or None,
             env=environ,
             stdin=subprocess.DEVNULL,
-            preexec_fn=die_with_parent,  # noqa: PLW1509 - one thread so far
+            preexec_fn=die_with_parent,
         )
     except OSError as error:
         text = f"the command {' '.join(start['argv'])!r} cannot be started: {error}"

@@ -127,7 +127,7 @@ class SubprocessSpawner:
         return _Subprocess(process)
 
 
-def open_log(path: str):  # noqa: ANN201 - typeshed's BufferedWriter
+def open_log(path: str):
     """A log opened for appending; one that has grown too large is moved aside first."""
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)

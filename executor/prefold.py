@@ -11,10 +11,10 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..serialization.digest import digest_buffers
 from ..serialization.envelope import Buffer
+from ..serialization.errors import FedloomError
 from ..serialization.fold import Fold, FoldPlan
 from ..serialization.messages import DoneItem, PayloadId, PayloadRef
 
@@ -69,15 +69,25 @@ class Batch:
     gather: Gather
     plan: bytes
     opened_at: float
-    results: list[Result] = field(default_factory=list[Result])  # folded, or the single first one
+    alone: Result | None = None  # the first one, until there is a second
+    results: list[Result] = field(default_factory=list[Result])  # folded
     folding: int = 0  # handed to the fold thread, not heard of yet
-    fold: PartialFold | None = None  # touched by the fold thread only
-    sealed: bool = False
+    fold: PartialFold | None = None  # made and used by the fold thread
 
     @property
     def size(self) -> int:
         """Results in it, with those still being folded."""
-        return len(self.results) + self.folding
+        return len(self.results) + self.folding + (self.alone is not None)
+
+    def take_in(self, result: Result) -> list[Result] | None:
+        """Add a result. Returns what is to be folded now, or None where it is alone."""
+        if self.alone is None and not self.results and not self.folding and self.fold is None:
+            self.alone = result
+            return None
+        waiting = [result] if self.alone is None else [self.alone, result]
+        self.alone = None
+        self.folding += len(waiting)
+        return waiting
 
 
 class Batches:
@@ -114,7 +124,7 @@ class Batches:
                 self._seal(batch)
         ready = [batch for batch in self._sealed if not batch.folding]
         self._sealed = [batch for batch in self._sealed if batch.folding]
-        return [batch for batch in ready if batch.results]
+        return [batch for batch in ready if batch.size]
 
     def next_due_s(self, now: float) -> float:
         """How long until an open batch is old enough."""
@@ -125,29 +135,23 @@ class Batches:
         gone = [batch for batch in (*self._open.values(), *self._sealed) if batch.gather[0] == job]
         self._open = {gather: batch for gather, batch in self._open.items() if gather[0] != job}
         self._sealed = [batch for batch in self._sealed if batch.gather[0] != job]
-        return [result for batch in gone for result in batch.results]
+        return [result for batch in gone for result in (*batch.results, *([batch.alone] if batch.alone else []))]
 
     def _seal(self, batch: Batch) -> None:
-        batch.sealed = True
         del self._open[batch.gather]
         self._sealed.append(batch)
 
 
 def fold_into(batch: Batch, waiting: Sequence[Result]) -> list[tuple[Result, Exception | None]]:
     """Add results to a batch, in the fold thread; what became of each."""
+    if batch.fold is None:
+        batch.fold = PartialFold(batch.plan)
     out: list[tuple[Result, Exception | None]] = []
     for result in waiting:
-        if batch.fold is None:
-            batch.fold = PartialFold(batch.plan)
         try:
             batch.fold.add(result)
-        except (ValueError, OSError, Exception) as error:  # noqa: BLE001
+        except (FedloomError, OSError) as error:
             out.append((result, error))
         else:
             out.append((result, None))
     return out
-
-
-def describe(result: Result) -> dict[str, Any]:
-    """For logs."""
-    return {"job": result.job, "task": result.item.task, "attempt": result.item.attempt, "site": result.item.site}

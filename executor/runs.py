@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..serialization.messages import Assign, AssignItem, TaskRef
 from .context import TaskContext, TaskFunction
@@ -45,11 +45,13 @@ class Run:
     spec: TaskSpec | None = None
     context: TaskContext | None = None  # embedded only
     cancelled: bool = False
+    occupies: bool = True  # counts against what this executor has announced
     restarted: bool = False
+    incoming: str = ""  # the result file's name in the broker's incoming folder, where it is written there
+    kill_at: float = float("inf")  # a cancelled one that goes on is ended then
     started_at: float = 0.0
     log_path: str = ""
     log_start: int = 0
-    notes: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def key(self) -> Key:

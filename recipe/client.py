@@ -57,9 +57,7 @@ class JobInfo:
     def of(data: dict[str, Any]) -> JobInfo:
         """Out of an answer's map."""
         commit = cast("dict[str, Any]", data.get("commit") or {})
-        sites = [
-            site["name"] if isinstance(site, dict) else site for site in cast("list[Any]", data.get("sites") or [])
-        ]
+        sites = cast("list[Any]", data.get("sites") or [])
         return JobInfo(
             job_id=str(data.get("job_id", "")),
             name=str(data.get("name", "")),
@@ -211,7 +209,7 @@ class JobClient:
 
     def jobs(self) -> list[JobInfo]:
         """All jobs that the broker knows, newest last."""
-        return [JobInfo.of(item) for item in self._ask("jobs").get("jobs", [])]
+        return [JobInfo.of(item) for item in self._pages("jobs", "jobs", "", 0)]
 
     def wait(
         self, job_id: str, timeout_s: float | None = None, on_change: Callable[[JobInfo], None] | None = None
@@ -232,9 +230,8 @@ class JobClient:
                 return info
             left = _POLL_S if deadline is None else min(_POLL_S, deadline - time.monotonic())
             if left <= 0:
-                raise LinkTimeout(
-                    f"job {job_id} is {info.status} (round {info.round} of {info.rounds}) after {timeout_s:g} s"
-                )
+                at = f"{info.status}, round {info.round} of {info.rounds}"
+                raise LinkTimeout(f"job {job_id} has not ended within {timeout_s:g} s: {at}")
             self._never.wait(left)
 
     def abort(self, job_id: str) -> str:
@@ -262,7 +259,7 @@ class JobClient:
 
     def sites(self) -> list[dict[str, Any]]:
         """The sites that the broker knows: name, live, node."""
-        return [cast("dict[str, Any]", item) for item in self._ask("sites").get("sites", [])]
+        return list(self._pages("sites", "sites", "", 0))
 
     def download(self, job_id: str, dest: str | Path) -> Path:
         """Write the job's result folder (see `recipe.results`).

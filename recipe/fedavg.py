@@ -80,6 +80,8 @@ class FedAvgRecipe(Recipe):
         exclude_vars: a regular expression of tensors that keep their global value.
         aggregation_weights: a factor for each site; 1.0 where it is not named.
         sample: sites drawn for each round; 0: all that are connected.
+        deadline_s: close a round after so many seconds if ``min_clients`` results are there, else fail it.
+        sites_s: seconds to wait for ``min_clients`` sites to connect, and for a lost one to return.
         seed: what sampling and the generators of each task are drawn from.
         threads_per_task: threads of a task's numeric libraries.
         later: options of a later version (`LaterOptions`): only values that ask for nothing.
@@ -110,6 +112,8 @@ class FedAvgRecipe(Recipe):
         exclude_vars: str | None = None,
         aggregation_weights: Mapping[str, float] | None = None,
         sample: int = 0,
+        deadline_s: float | None = None,
+        sites_s: float = 60.0,
         seed: int = 0,
         threads_per_task: int = 1,
         **later: Unpack[LaterOptions],
@@ -128,7 +132,9 @@ class FedAvgRecipe(Recipe):
             float(shutdown_timeout),
         )
         self.exchange = ExchangeOptions.of(framework, server_expected_format, params_transfer_type)
-        self.aggregation = AggregationOptions(aggregation_weights, exclude_vars, key_metric, sample)
+        self.aggregation = AggregationOptions(
+            aggregation_weights, exclude_vars, key_metric, sample, deadline_s, sites_s
+        )
         if 0 < sample < min_clients:
             raise JobError(f"sample={sample} sites a round can never give min_clients={min_clients} results")
         job = Job(
@@ -224,6 +230,8 @@ class NumpyFedAvgRecipe(FedAvgRecipe):
         exclude_vars: str | None = None,
         aggregation_weights: Mapping[str, float] | None = None,
         sample: int = 0,
+        deadline_s: float | None = None,
+        sites_s: float = 60.0,
         seed: int = 0,
         threads_per_task: int = 1,
         **later: Unpack[LaterOptions],
@@ -248,6 +256,8 @@ class NumpyFedAvgRecipe(FedAvgRecipe):
             exclude_vars=exclude_vars,
             aggregation_weights=aggregation_weights,
             sample=sample,
+            deadline_s=deadline_s,
+            sites_s=sites_s,
             seed=seed,
             threads_per_task=threads_per_task,
             **later,

@@ -191,18 +191,25 @@ class AggregationOptions:
         exclude_vars: a regular expression (searched, not matched whole) of tensors that keep their global value.
         key_metric: the metric by which the best model is chosen.
         sample: how many of the connected sites work on a round, drawn from the seed; 0: all.
+        deadline_s: close a round after so many seconds if ``min_clients`` results are there, else fail it; None: never.
+        sites_s: seconds to wait for ``min_clients`` sites to connect, and for a lost one to return.
     """
 
     aggregation_weights: Mapping[str, float] | None = None
     exclude_vars: str | None = None
     key_metric: str = "accuracy"
     sample: int = 0
+    deadline_s: float | None = None
+    sites_s: float = 60.0
     weights: dict[str, float] = field(init=False, default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
         for site, weight in (self.aggregation_weights or {}).items():
             self.weights[check_site_name(site)] = number(weight, f"aggregation_weights[{site!r}]", positive=True)
         whole(self.sample, "sample")
+        number(self.sites_s, "sites_s")
+        if self.deadline_s is not None:
+            number(self.deadline_s, "deadline_s", positive=True)
         if self.exclude_vars:
             try:
                 re.compile(self.exclude_vars)
@@ -218,6 +225,10 @@ class AggregationOptions:
             args["exclude_vars"] = self.exclude_vars
         if self.sample:
             args["sample"] = self.sample
+        if self.deadline_s is not None:
+            args["deadline_s"] = float(self.deadline_s)
+        if self.sites_s != AggregationOptions.__dataclass_fields__["sites_s"].default:
+            args["sites_s"] = float(self.sites_s)
         return args
 
 

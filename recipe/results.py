@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from ..serialization.archive import unpack_archive
 from ..serialization.errors import FaultError, JobError, StorageError
@@ -78,7 +78,8 @@ def write_results(source: ResultSource, job_id: str, dest: Path, *, logs: bool =
 def summary(info: JobInfo, records: list[dict[str, Any]], dest: Path) -> dict[str, Any]:
     """What summary.json holds: the job, its last metrics, totals over the rounds, and the files beside it."""
     last = records[-1] if records else {}
-    best = cast("dict[str, Any]", (info.raw.get("commit") or {}))
+    # a round's metrics are the sites' scores of the model that they received: the round before's
+    best = [int(record["round"]) - 1 for record in records if record.get("best")]
     seconds = None
     if info.submitted_at is not None:
         seconds = (info.ended_at if info.ended_at is not None else time.time()) - info.submitted_at
@@ -87,7 +88,7 @@ def summary(info: JobInfo, records: list[dict[str, Any]], dest: Path) -> dict[st
         **info.to_json(),
         "seconds": seconds,
         "metrics": last.get("metrics", {}),
-        "best_round": best.get("best_round"),
+        "best_round": best[-1] if best else None,
         "results": sum(int(record.get("results") or 0) for record in records),
         "failures": sum(len(record.get("failures") or ()) for record in records),
         "bytes": sum(int(record.get("bytes") or 0) for record in records),

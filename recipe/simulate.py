@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,20 +110,18 @@ def simulate(options: SimOptions, *, job: Job | None = None, folder: Path | None
     Raises:
         JobError: the job does not fit the options, or the workspace is not fedloom's to write into.
     """
-    from ..sim.launcher import SimConfig, run_simulation
-
     spec = job.spec() if job is not None else JobSpec.load(_given(folder))
     sites = options.sites_for(spec)
     seed = spec.seed if options.seed is None else options.seed
-    threads = min(len(sites), options.num_threads or len(sites))
+    threads = None if options.num_threads is None else min(len(sites), options.num_threads)
+    from ..sim.launcher import SimConfig, run_simulation  # only now: it is slow, and what is wrong is said above
+
     with run_folder(options.workspace_for(spec.name)) as workspace:
         source = workspace / "job"
         if job is not None:
             job.export(source)
         else:
             _copy(_given(folder), source)
-        if seed != spec.seed:
-            replace(spec, seed=seed).write(source)
         return run_simulation(
             SimConfig(
                 job_folder=source,
@@ -170,6 +168,8 @@ def raise_failure(result: SimResult) -> None:
         error = FedloomError(f"job {result.job_id} was aborted{': ' if result.reason else ''}{result.reason}")
     elif failure is not None:
         error = TaskError(failure.site, failure.text)
+        if result.reason and result.reason not in failure.text:
+            error.add_note(result.reason)
     else:
         error = GatherError(result.reason or f"job {result.job_id} ended as {result.status}")
     if result.result_dir.is_dir():

@@ -145,7 +145,7 @@ def encode_fields(message: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for field in fields(message):
         value = getattr(message, field.name)
-        if field.default is not MISSING and value == field.default:
+        if (field.default is not MISSING and value == field.default) or (field.default_factory is dict and not value):
             continue
         out[field.name] = _plain(value)
     return out

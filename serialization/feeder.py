@@ -1,7 +1,7 @@
 """One result on its way into a fold: bytes of the data section, in order, in pieces of any size.
 
-Sums are made in blocks that start at a tensor's first element, so a piece that ends inside a block waits in a small carry
-for the rest. A result that turns out bad half-way is taken out by feeding the same bytes once more, subtracting.
+Sums are made in blocks that start at a tensor's first element, so a piece that ends inside a block waits in a small
+carry for the rest. A result that turns out bad half-way is taken out by feeding the same bytes once more, subtracting.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from .errors import FoldError, LayoutError, PayloadError, ValuesError
 from .fixedpoint import BLOCK, Bytes
 from .foldplan import FoldPlan
 from .header import Header, header_bytes_needed, read_header
-from .payload import OPTIMIZER_PREFIX
+from .payload import OPTIMIZER_PREFIX, EncodedModel
 
-Source = Buffer | Path
+#: A payload: bytes, a file to be mapped, or a model that was encoded in this process and is used where it lies.
+Source = Buffer | Path | EncodedModel
 
 
 class Sink(Protocol):
@@ -44,7 +45,20 @@ class Segment:
     itemsize: int
 
 
-def open_source(source: Source) -> tuple[Header, memoryview]:
+def open_pieces(source: Source) -> tuple[Header, list[memoryview]]:
+    """A payload's header and its data section in pieces, of a file without reading it.
+
+    Raises:
+        PayloadError: a file that cannot be read.
+        HeaderError: bytes that are no safetensors file.
+    """
+    if isinstance(source, EncodedModel):
+        return source.header, source.buffers[1:]
+    header, data = open_source(source)
+    return header, [data]
+
+
+def open_source(source: Buffer | Path) -> tuple[Header, memoryview]:
     """A payload's header and its data section, of a file without reading it.
 
     Raises:
@@ -259,8 +273,8 @@ class Feeder:
         if done * segment.itemsize < raw.size:
             self._state = "failed"
             raise ValuesError(
-                f"result of {self._who}: tensor {segment.name!r} holds NaN, Inf or a value beyond 2^900 in the elements from"
-                f" {start + done} on; the result is not counted. Check the site's loss and learning rate"
+                f"result of {self._who}: tensor {segment.name!r} holds NaN, Inf or a value beyond 2^900 in the elements"
+                f" from {start + done} on; the result is not counted. Check the site's loss and learning rate"
             )
 
     def _pass_tensors(self) -> None:

@@ -1,13 +1,13 @@
 """Sums of floats in the ring of integers modulo 2^64: the block arithmetic of the exact fold.
 
-A value ``x`` of a result with weight ``w`` becomes the integer ``round(x * w * 2^q)``. Adding such integers is associative
-and invertible, so a sum has the same bits in any order, through any partials, and whatever was taken out again. The
-rounding costs nothing: for ``|t| <= 2^51`` the float64 ``t + 1.5 * 2^52`` lies in [2^52, 2^53], where floats are one unit
-apart, and its bits read as int64 are ``round(t)`` (halves to even) plus the constant `BIAS`. The accumulator therefore
-holds ``count * BIAS`` too much, which is subtracted once, when the sum is read.
+A value ``x`` of a result with weight ``w`` becomes the integer ``round(x * w * 2^q)``. Adding such integers is
+associative and invertible, so a sum has the same bits in any order, through any partials, and whatever was taken out
+again. The rounding costs nothing: for ``|t| <= 2^51`` the float64 ``t + 1.5 * 2^52`` lies in [2^52, 2^53], where floats
+are one unit apart, and its bits read as int64 are ``round(t)`` (halves to even) plus the constant `BIAS`. The
+accumulator therefore holds ``count * BIAS`` too much, which is subtracted once, when the sum is read.
 
-A block with ``|t| > 2^51`` anywhere is *over*: it adds only its bias. Blocks are counted from the tensor's first element,
-never from a chunk's, so that what a result adds does not depend on how its bytes arrived.
+A block with ``|t| > 2^51`` anywhere is *over*: it adds only its bias. Blocks are counted from the tensor's first
+element, never from a chunk's, so that what a result adds does not depend on how its bytes arrived.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ BLOCK: Final = 32 * 1024
 RESULT_BITS: Final = 51
 #: The largest sum of |x * w * 2^q| over a round, as a power of two: a factor of two below the ring's edge.
 ROUND_BITS: Final = 62
-#: A sum is fine enough when the results' largest values are this many bits above its unit on average. The worst error of
-#: a mean is then 2^-25 of that magnitude, and that of 1,000 results, whose roundings average out, under 2^-28.
+#: A sum is fine enough when the results' largest values are this many bits above its unit on average. The worst error
+#: of a mean is then 2^-25 of that magnitude, and that of 1,000 results, whose roundings average out, under 2^-28.
 RESOLUTION_BITS: Final = 24
 #: Room for a round's values to grow, as a power of two, before the scale is too large.
 HEADROOM_BITS: Final = 4
@@ -42,7 +42,8 @@ MAGIC: Final = 1.5 * 2.0**52
 BIAS: Final = 0x4338_0000_0000_0000  # the bits of MAGIC
 LIMIT: Final = 2.0**RESULT_BITS
 
-#: Totals of w * max|x| are integers in units of 2^-1074, of which every finite float64 is a multiple: exact at any scale.
+#: Totals of w * max|x| are integers in units of 2^-1074, of which every finite float64 is a multiple: exact at any
+#: scale, so that one refold with the scale they give is always enough.
 TOTAL_BITS: Final = 1074
 #: No scale is outside: 2^q times any allowed weight is then a normal float64.
 Q_MIN: Final = -950
@@ -129,6 +130,19 @@ def largest_magnitude(values: NDArray[Any]) -> float:
     """max|x| of a block that is not empty; NaN when any element is NaN."""
     # two SIMD reductions without a temporary; both are NaN if any element is
     return max(float(np.maximum.reduce(values)), -float(np.minimum.reduce(values)))
+
+
+def scan(raw: Bytes, dtype: str, widener: Widener) -> tuple[float, int]:
+    """max|x| of a float tensor's elements, and how many there are before a block with NaN, Inf or values over 2^900."""
+    itemsize = DTYPES[dtype].itemsize
+    count = raw.size // itemsize
+    largest = 0.0
+    for first in range(0, count, BLOCK):
+        magnitude = largest_magnitude(widener.read(raw[first * itemsize : (first + BLOCK) * itemsize], dtype))
+        if not magnitude <= MAX_VALUE:
+            return largest, first
+        largest = max(largest, magnitude)
+    return largest, count
 
 
 class FixedSums:

@@ -18,12 +18,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Final
 
 import structlog
 
+from .envelope import Buffer
 from .errors import FoldError
-from .feeder import Feeder, Source, match_layout, open_source
+from .feeder import Feeder, Source, match_layout, open_pieces
 from .fixedpoint import FixedSums, Floats
 from .foldmodel import NewModel, build_model
 from .foldpartial import read_partial, write_partial
@@ -37,7 +39,7 @@ from .tally import Contribution, Tally, ignored_metrics, read_contribution
 
 log = structlog.get_logger(__name__)
 
-_EMPTY: Final = Header((), {}, 0)
+_NOTHING: Final = (Header((), {}, 0), list[memoryview]())
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class Fold:
         """Add a result.
 
         Args:
-            source: its payload: bytes, or the path of a file, which is mapped; None for one without tensors.
+            source: its payload: bytes, a file's path, or a model encoded in this process; None if it has no tensors.
             site: who sent it.
             meta: its plain side (``params_type``, ``metrics``, ``meta``); by default what the payload says of itself.
 
@@ -92,11 +94,11 @@ class Fold:
 
         After any of them the fold is as it was before.
         """
-        header, data = open_source(source) if source is not None else (_EMPTY, memoryview(b""))
+        header, pieces = open_pieces(source) if source is not None else _NOTHING
         if not self.plan.exact:
             # a running mean cannot take a result out again, so all of it is looked at before any of it is added
-            self._scan(header, data, site, meta)
-        self._run(self._feeder(header, site, meta), data)
+            self._scan(header, pieces, site)
+        _run(self._feeder(header, site, meta), pieces)
 
     def remove(self, source: Source | None, *, site: str, meta: Mapping[str, Any] | None = None) -> None:
         """Take a result out again: the arguments are those with which it was added.
@@ -105,32 +107,20 @@ class Fold:
             FoldError: more is taken out than is there; and as `add`, if the source is not what it was.
         """
         self._needs_exact("taken out of")
-        header, data = open_source(source) if source is not None else (_EMPTY, memoryview(b""))
-        self._run(self._feeder(header, site, meta, subtract=True), data)
+        header, pieces = open_pieces(source) if source is not None else _NOTHING
+        _run(self._feeder(header, site, meta, subtract=True), pieces)
 
     def start(self, header: Header, *, site: str, meta: Mapping[str, Any] | None = None) -> Feeder:
         """Begin a result whose bytes come in pieces: `Feeder.feed` them in order, then `Feeder.finish`.
 
-        Several results can be under way at once. Until each is finished or undone, the fold can be neither read nor sent.
+        Several results can be under way at once. Until each is finished or undone, the fold can be neither read nor
+        sent.
 
         Raises:
             LayoutError, WeightError, FoldError: as `add`.
         """
         self._needs_exact("fed in pieces into")
         return self._feeder(header, site, meta)
-
-    def _run(self, feeder: Feeder, data: memoryview) -> None:
-        try:
-            feeder.feed(0, data)
-            feeder.finish()
-        except FoldError:
-            if feeder.closed:
-                raise
-            undo = feeder.undo()
-            if undo is not None:
-                undo.feed(0, data)
-                undo.finish()
-            raise
 
     def _feeder(self, header: Header, site: str, meta: Mapping[str, Any] | None, *, subtract: bool = False) -> Feeder:
         if self._tally.count >= MAX_RESULTS:
@@ -171,17 +161,14 @@ class Fold:
             log.warning("metrics_ignored", site=site, names=ignored[:8], reason="no finite numbers; no mean is taken")
         return contribution
 
-    def _scan(self, header: Header, data: memoryview, site: str, meta: Mapping[str, Any] | None) -> None:
+    def _scan(self, header: Header, pieces: list[memoryview], site: str) -> None:
         segments = match_layout(self.plan, self._places, self._sums.folded, header, site)
-        scan = Scan(self.plan)
-        feeder = Feeder(
-            segments, scan, who=site, stop=header.data_bytes, close=lambda feeder, whole: None, undoing=None
-        )
-        feeder.feed(0, data)
+        feeder = Feeder(segments, Scan(self.plan), who=site, stop=header.data_bytes, close=lambda feeder, whole: None)
+        _feed(feeder, pieces)
 
     # --- partials --------------------------------------------------------------------------------------------------
 
-    def merge(self, source: Source) -> None:
+    def merge(self, source: Buffer | Path) -> None:
         """Add all results of a partial at once.
 
         Raises:
@@ -190,7 +177,7 @@ class Fold:
         """
         self._combine(source, subtract=False)
 
-    def unmerge(self, source: Source) -> None:
+    def unmerge(self, source: Buffer | Path) -> None:
         """Take a partial out again that was merged.
 
         Raises:
@@ -198,7 +185,7 @@ class Fold:
         """
         self._combine(source, subtract=True)
 
-    def _combine(self, source: Source, *, subtract: bool) -> None:
+    def _combine(self, source: Buffer | Path, *, subtract: bool) -> None:
         self._needs_exact("put together in")
         partial = read_partial(source, self.digest, self.plan, self._sums.folded)
         left = self._tally.count - partial.tally.count if subtract else MAX_RESULTS - self._tally.count
@@ -240,9 +227,9 @@ class Fold:
     def finish(self, base: FLModel | Mapping[str, Any], *, master: Mapping[str, Any] | None = None) -> FLModel:
         """The new global model.
 
-        FULL results replace, DIFF results are added to the base. A tensor that no result had, one that the plan excludes
-        and bools keep the base's values (the same arrays). Integers are the exact mean, halves to even. Types narrower
-        than float32 are rounded from a float32 `master`. Can be called again; `base` is not changed.
+        FULL results replace, DIFF results are added to the base. A tensor that no result had, one that the plan
+        excludes and bools keep the base's values (the same arrays). Integers are the exact mean, halves to even. Types
+        narrower than float32 are rounded from a float32 `master`. Can be called again; `base` is not changed.
 
         Args:
             base: the global model that the sites received; numpy arrays or torch tensors.
@@ -332,7 +319,7 @@ class Fold:
     @property
     def nbytes(self) -> int:
         """Memory of the float sums, in bytes."""
-        return self._sums.floats.nbytes
+        return self._sums.nbytes
 
     def _whole(self) -> None:
         if self._open:
@@ -341,3 +328,23 @@ class Fold:
     def _needs_exact(self, what: str) -> None:
         if not isinstance(self._sums.floats, FixedSums):
             raise FoldError(f"results cannot be {what} a running mean: use exact=True")
+
+
+def _run(feeder: Feeder, pieces: list[memoryview]) -> None:
+    """Feed a whole result; one that is bad is taken out again."""
+    try:
+        _feed(feeder, pieces)
+        feeder.finish()
+    except FoldError:
+        undo = feeder.undo()
+        if undo is not None:
+            _feed(undo, pieces)
+            undo.finish()
+        raise
+
+
+def _feed(feeder: Feeder, pieces: list[memoryview]) -> None:
+    for piece in pieces:
+        feeder.feed(feeder.position, piece)
+        if not feeder.missing:
+            return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import ml_dtypes
 import numpy as np
@@ -84,8 +84,8 @@ def build_model(
 
 def _check_base(plan: FoldPlan, flat: Mapping[str, Any], master: Mapping[str, Any]) -> None:
     names = {tensor.name for tensor in plan.tensors}
-    if names != flat.keys():
-        odd = sorted(names ^ flat.keys())
+    if names != set(flat):
+        odd = sorted(names ^ set(flat))
         raise LayoutError(
             f"the base is not the plan's model: {odd[0]!r} and {len(odd) - 1} more are in one of them only"
         )
@@ -154,5 +154,5 @@ class _Builder:
 def _largest_of(dtype: str) -> float:
     """The largest finite value of a float type; a mean that rounds to it may lie a trifle above."""
     kind = DTYPES[dtype].numpy
-    info: Any = np.finfo(kind) if dtype in ("F16", "F32", "F64") else ml_dtypes.finfo(kind)
+    info = cast("Any", ml_dtypes).finfo(kind)
     return float(info.max) * (1.0 + 2.0**-40) if dtype != "F64" else float(info.max)

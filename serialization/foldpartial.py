@@ -1,9 +1,9 @@
 """A fold's state as a payload: what a pool executor sends for many sites, and what a checkpoint keeps.
 
-A partial is a safetensors file of int64 tensors: a float tensor's raw fixed-point sums under its own name and shape, an
-integer tensor's limbs with shape ``[limbs, elements]``. The metadata key ``fedloom.partial`` holds the rest as JSON: the
-plan's digest, counts, weights, totals and metric sums, all exact integers in hexadecimal. Merging a partial gives the
-same bits as adding its results one by one.
+A partial is a safetensors file of int64 tensors: a float tensor's raw fixed-point sums under its own name and shape,
+an integer tensor's limbs with shape ``[limbs, elements]``. The metadata key ``fedloom.partial`` holds the rest as JSON:
+the plan's digest, counts, weights, totals and metric sums, all exact integers in hexadecimal. Merging a partial gives
+the same bits as adding its results one by one.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import json
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
 
 from .dtypes import is_float, is_int
+from .envelope import Buffer
 from .errors import FoldError, LayoutError
-from .feeder import Source, open_source
+from .feeder import open_source
 from .fixedpoint import FixedSums, Ints
 from .foldplan import MAX_RESULTS, FoldPlan
 from .header import Header, Spec, build_header
@@ -86,11 +88,11 @@ def write_partial(digest: str, plan: FoldPlan, sums: Sums, tally: Tally) -> tupl
     header, head = build_header(specs, {METADATA_KEY: json.dumps(state, separators=(",", ":"))})
     buffers = [memoryview(head)]
     for tensor in header.tensors:
-        buffers.extend(memoryview(array).cast("B") for array in arrays[tensor.name] if array.size)
+        buffers.extend(memoryview(cast("Any", array)).cast("B") for array in arrays[tensor.name] if array.size)
     return buffers, header.total_bytes
 
 
-def read_partial(source: Source, digest: str, plan: FoldPlan, folded: tuple[bool, ...]) -> Partial:
+def read_partial(source: Buffer | Path, digest: str, plan: FoldPlan, folded: tuple[bool, ...]) -> Partial:
     """Read and check a partial.
 
     Raises:
@@ -103,7 +105,8 @@ def read_partial(source: Source, digest: str, plan: FoldPlan, folded: tuple[bool
     state = _State(header)
     if state.get("plan", str) != digest:
         raise FoldError(
-            f"a partial of plan {state.get('plan', str)[:16]}; this round's is {digest[:16]}: its tasks must be done again"
+            f"a partial of plan {state.get('plan', str)[:16]}; this round's is {digest[:16]}:"
+            " its tasks must be done again"
         )
     tally = state.tally()
     records, lowest = state.records(len(plan.tensors), tally)

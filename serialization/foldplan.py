@@ -7,6 +7,7 @@ round the global model's, later those that the round before had (`Magnitudes`), 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from .digest import digest_buffers
 from .dtypes import DTYPES, is_float, is_int
 from .envelope import Buffer
 from .errors import CodecError, FoldError, LayoutError, ValuesError, WeightError
-from .fixedpoint import BLOCK, MAX_VALUE, Q_MAX, Q_MIN, RESULT_BITS, Widener, exponent_for, largest_magnitude
+from .fixedpoint import MAX_VALUE, Q_MAX, Q_MIN, RESOLUTION_BITS, RESULT_BITS, Widener, exponent_for, scan
 from .header import MAX_TENSORS
 from .tensors import raw_bytes, spec_of
 
@@ -30,7 +31,8 @@ Kind = Literal["FULL", "DIFF"]
 WEIGHT_KEY: Final = "NUM_STEPS_CURRENT_ROUND"
 #: The largest weight that the first round expects.
 FIRST_WEIGHT_CAP: Final = 1e6
-MAX_RESULTS: Final = 1 << (RESULT_BITS - 25)
+#: With more results a total of 2^51 units would be under 2^24 units a result, and no scale good.
+MAX_RESULTS: Final = 1 << (RESULT_BITS - RESOLUTION_BITS - 1)
 MAX_PLAN_BYTES: Final = 256 * 1024 * 1024
 #: Weights outside are absurd; between them the arithmetic is exact.
 MIN_WEIGHT: Final = 2.0**-64
@@ -106,12 +108,9 @@ class FoldPlan:
     exact: bool = True
 
     def __post_init__(self) -> None:
-        for site, weight in self.aggregation_weights.items():
-            if (
-                isinstance(weight, bool)
-                or not isinstance(weight, (int, float))
-                or not MIN_WEIGHT <= weight <= MAX_WEIGHT
-            ):
+        sites: Mapping[Any, Any] = self.aggregation_weights
+        for site, weight in sites.items():
+            if type(weight) not in (int, float) or not MIN_WEIGHT <= weight <= MAX_WEIGHT:
                 raise WeightError(
                     f"aggregation weight {weight!r} of {site}; a positive number from 2^-64 to 2^64 belongs there."
                     " To leave a site out, give the round's sites without it"
@@ -120,6 +119,8 @@ class FoldPlan:
             re.compile(self.exclude)
         except re.error as error:
             raise FoldError(f"exclude pattern {self.exclude!r} is not a regular expression: {error}") from None
+        if not 0.0 < self.weight_cap < math.inf:
+            raise FoldError(f"weight cap {self.weight_cap}; a positive number belongs there")
         if not 1 <= self.tasks <= MAX_RESULTS:
             raise FoldError(f"a round of {self.tasks} tasks; 1 to {MAX_RESULTS} can be folded")
 
@@ -295,7 +296,7 @@ class _Fields:
         if not 0 < len(names) == len(dtypes) == len(shapes) <= MAX_TENSORS:
             raise CodecError(f"fold plan: {len(names)} names, {len(dtypes)} dtypes and {len(shapes)} shapes")
         tensors = tuple(_tensor(*entry) for entry in zip(names, dtypes, shapes, strict=True))
-        if any(a.name >= b.name for a, b in zip(tensors, tensors[1:], strict=False)):
+        if any(a.name >= b.name for a, b in itertools.pairwise(tensors)):
             raise CodecError("fold plan: tensors are not sorted by name, or one is there twice")
         return tensors
 
@@ -348,12 +349,7 @@ def _plan_tensor(name: str, value: Any) -> PlanTensor:
 def _max_of(tensor: PlanTensor, value: Any, widener: Widener) -> float:
     if not is_float(tensor.dtype) or not tensor.items:
         return 0.0
-    raw = np.frombuffer(raw_bytes(value), np.uint8)
-    size = BLOCK * DTYPES[tensor.dtype].itemsize
-    largest = 0.0
-    for start in range(0, raw.size, size):
-        magnitude = largest_magnitude(widener.read(raw[start : start + size], tensor.dtype))
-        if not magnitude <= MAX_VALUE:
-            raise ValuesError(f"the global model's tensor {tensor.name!r} holds NaN, Inf or a value beyond 2^900")
-        largest = max(largest, magnitude)
+    largest, good = scan(np.frombuffer(raw_bytes(value), np.uint8), tensor.dtype, widener)
+    if good < tensor.items:
+        raise ValuesError(f"the global model's tensor {tensor.name!r} holds NaN, Inf or a value beyond 2^900")
     return largest

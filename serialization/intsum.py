@@ -1,9 +1,10 @@
 """Exact weighted sums of integer tensors.
 
-Batch-norm counters, quantised weights and id tables are integers and must come out as integers: the exact rational mean,
-halves to even. A float64 weight times an int64 does not fit any machine type, so a sum is kept in limbs of 24 bits, each an
-int64 array: the product of two 24-bit digits has 48 bits, and 4,096 results fit before the carries must be passed on.
-Like the fixed-point sums of floats they are exact integers: any order, any partials, and a result can be taken out again.
+Batch-norm counters, quantised weights and id tables are integers and must come out as integers: the exact rational
+mean, halves to even. A float64 weight times an int64 does not fit any machine type, so a sum is kept in limbs of 24
+bits, each an int64 array: the product of two 24-bit digits has 48 bits, and 4,096 results fit before the carries must
+be passed on. Like the fixed-point sums of floats they are exact integers: any order, any partials, and a result can be
+taken out again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _MASK: Final = (1 << DIGIT_BITS) - 1
 _MAX_PENDING: Final = 1 << 12
 #: A limb of another's sum after its carry pass is below this, whatever it summed.
 _MAX_LIMB: Final = 1 << 40
+#: A highest limb below this fits on top of the one below it.
+_SMALL_TOP: Final = 1 << 15
 #: Limbs that the largest weight (2^64), the largest value and 2^40 results can reach.
 MAX_LIMBS: Final = 14
 
@@ -34,7 +37,7 @@ Digits = tuple[tuple[int, int], ...]
 
 
 def weight_digits(weight: int) -> Digits:
-    """The digits of a weight (in units of 2^-120) that are not zero, with their positions: two at most for whole steps."""
+    """The digits of a weight (in units of 2^-120) that are not zero, with their positions; few for whole steps."""
     out: list[tuple[int, int]] = []
     position = 0
     while weight:
@@ -75,7 +78,7 @@ class IntSum:
         self._pending = 0
 
     def begin(self, digits: Digits) -> None:
-        """Make room for one more result with these `weight_digits`; call once for each result before its `add` calls."""
+        """Make room for one more result with these `weight_digits`: once for each result, before its `add` calls."""
         if not digits:
             return
         # the limb above the highest product takes the carries
@@ -102,10 +105,19 @@ class IntSum:
                     (np.subtract if subtract else np.add)(limb, product, out=limb)
 
     def export(self) -> tuple[int, list[Ints]]:
-        """The lowest limb's position and the limbs, carried and ready for another's `combine`."""
+        """The lowest limb's position and the limbs, ready for another's `combine`: as few as hold the sum.
+
+        Equal sums have equal limbs, whatever was added and taken out before. Some may be the sum's own memory.
+        """
         self._carry()
-        positions = sorted(self._limbs)
-        return (positions[0] if positions else 0), [self._limbs[position] for position in positions]
+        positions = sorted(position for position, limb in self._limbs.items() if limb.any())
+        if not positions:
+            return 0, []
+        limbs = [self._limbs[position] for position in range(positions[0], max(self._limbs) + 1)]
+        while len(limbs) > 1 and _magnitude(limbs[-1]) < _SMALL_TOP:
+            top = limbs.pop()
+            limbs[-1] = (top << DIGIT_BITS) + limbs[-1]
+        return positions[0], limbs
 
     def combine(self, lowest: int, limbs: Sequence[Ints], *, subtract: bool = False) -> None:
         """Add (or take out) another sum as `export` gave it.
@@ -189,10 +201,14 @@ def check_limbs(lowest: int, limbs: Sequence[Ints]) -> None:
     if lowest < 0 or lowest + len(limbs) > MAX_LIMBS:
         raise FoldError(f"limbs {lowest} to {lowest + len(limbs)} of an integer sum; they lie in 0 to {MAX_LIMBS}")
     for limb in limbs:
-        if limb.size and not (-_MAX_LIMB < int(limb.min()) and int(limb.max()) < _MAX_LIMB):
+        if _magnitude(limb) >= _MAX_LIMB:
             raise FoldError(
                 f"an integer sum with limbs beyond {_MAX_LIMB}; its carries must be passed on before it is sent"
             )
+
+
+def _magnitude(limb: Ints) -> int:
+    return max(int(limb.max()), -int(limb.min())) if limb.size else 0
 
 
 def _digits_of(dtype: np.dtype[Any]) -> int:
@@ -211,7 +227,7 @@ def _narrow(blocks: dict[int, Ints], lowest: int, size: int) -> Ints | None:
     """The sum in units of its lowest limb, as int64, or None where that may not hold it."""
     value = np.zeros(size, np.int64)
     for position in sorted((p for p in blocks if p >= lowest), reverse=True):
-        if value.size and max(int(value.max()), -int(value.min())) >= 1 << (61 - DIGIT_BITS):
+        if _magnitude(value) >= 1 << (61 - DIGIT_BITS):
             return None
         value = (value << DIGIT_BITS) + blocks[position]
     return value

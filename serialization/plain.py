@@ -59,6 +59,7 @@ def model_of(plain: Mapping[str, Any], params: Any, optimizer_params: Any) -> FL
     """
     try:
         check_plain(dict(plain))
+        pack(dict(plain))  # JSON, unlike a message, could hold an integer of any size
         kind = plain.get("params_type")
         if params is not None and kind is None:
             kind = ParamsType.FULL

@@ -1,14 +1,14 @@
 """The running state of a fold a tensor: its sum, its denominator, and the exact totals that judge the scale.
 
 Beside the sum proper each tensor has four integers: how many results had it, the sum of their weights, the total of
-``w * max|x|`` and how many were over (too large for the scale, and so in the totals but not in the sum). They are exact,
-order-free and invertible, and whether the scale was good is decided on them alone.
+``w * max|x|`` and how many were over (too large for the scale, and so in the totals but not in the sum). They are
+exact, order-free and invertible, and whether the scale was good is decided on them alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from .dtypes import DTYPES, is_float, is_int
 from .fixedpoint import (
     BLOCK,
-    MAX_VALUE,
     Bytes,
     FixedSums,
     Floats,
@@ -27,7 +26,7 @@ from .fixedpoint import (
     in_range,
     is_fine,
     is_over,
-    largest_magnitude,
+    scan,
 )
 from .foldplan import FoldPlan, Kind
 from .intsum import WEIGHT_BITS, IntSum, weight_digits
@@ -120,8 +119,14 @@ class Sums:
         active = zip(plan.tensors, self.folded, strict=True)
         sizes = tuple(t.items if folded and is_float(t.dtype) else 0 for t, folded in active)
         self.floats: FixedSums | RunningMeans = (FixedSums if plan.exact else RunningMeans)(dtypes, sizes)
+        self._items = sum(sizes)
         self.ints: dict[int, IntSum] = {}
         self.records = [Record() for _ in plan.tensors]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the float sums in bytes, once results are in."""
+        return (8 if self._plan.exact else 4) * self._items
 
     def use(self, kind: Kind) -> None:
         """Take the scales of this kind of results; before the first addition."""
@@ -247,15 +252,6 @@ class Scan:
     def add(self, index: int, start: int, raw: Bytes) -> tuple[float, int]:
         """As `Addition.add`, without adding."""
         dtype = self._plan.tensors[index].dtype
-        itemsize = DTYPES[dtype].itemsize
-        count = raw.size // itemsize
         if not is_float(dtype):
-            return 0.0, count
-        largest = 0.0
-        for first in range(0, count, BLOCK):
-            block: NDArray[Any] = self._widener.read(raw[first * itemsize : (first + BLOCK) * itemsize], dtype)
-            magnitude = largest_magnitude(block)
-            if not magnitude <= MAX_VALUE:
-                return largest, first
-            largest = max(largest, magnitude)
-        return largest, count
+            return 0.0, raw.size // DTYPES[dtype].itemsize
+        return scan(raw, dtype, self._widener)

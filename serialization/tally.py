@@ -1,8 +1,8 @@
 """What a fold counts beside tensors: results, weights, metric sums; all exact, order-free and invertible.
 
-A result's weight is ``meta["NUM_STEPS_CURRENT_ROUND"]`` times its site's aggregation weight, rounded once to a float64 and
-from then on exact: an integer in units of 2^-120. Either every result of a round has the key, or none has; without it each
-counts as one step. There is no silent default.
+A result's weight is ``meta["NUM_STEPS_CURRENT_ROUND"]`` times its site's aggregation weight, rounded once to a float64
+and from then on exact: an integer in units of 2^-120. Either every result of a round has the key, or none has; without
+it each counts as one step. There is no silent default.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def read_contribution(plan: FoldPlan, site: str, plain: Mapping[str, Any]) -> Co
     kind = getattr(kind, "value", kind)
     if kind not in ("FULL", "DIFF", None):
         raise FoldError(f"result of {site} with params_type {kind!r}; FULL or DIFF belongs there")
-    meta = plain.get("meta") or {}
-    metrics = plain.get("metrics") or {}
+    meta: Any = plain.get("meta") or {}
+    metrics: Any = plain.get("metrics") or {}
     if not isinstance(meta, Mapping) or not isinstance(metrics, Mapping):
         raise FoldError(f"result of {site} with meta or metrics that are no map")
     weighted = plan.weight_key in meta
@@ -94,12 +94,11 @@ def _weight(plan: FoldPlan, site: str, steps: Any) -> float:
     key = plan.weight_key
     if isinstance(steps, bool) or not isinstance(steps, numbers.Real):
         raise WeightError(f"{key} of {site} is {steps!r} ({type(steps).__name__}); a positive number belongs there")
-    if not math.isfinite(steps) or not steps > 0:
+    if not _is_finite(steps) or _fraction(steps) <= 0:
         raise WeightError(
             f"{key} of {site} is {steps!r}; it must be positive: a site without steps must not send a result"
         )
-    number = Fraction(steps) if isinstance(steps, numbers.Rational) else Fraction(float(steps))
-    exact = number * Fraction(plan.aggregation_weights.get(site, 1))
+    exact = _fraction(steps) * Fraction(plan.aggregation_weights.get(site, 1))
     if not MIN_WEIGHT <= exact <= MAX_WEIGHT:
         raise WeightError(f"weight of {site} is {steps!r} x its aggregation weight; 2^-64 to 2^64 is allowed")
     return float(exact)
@@ -122,12 +121,19 @@ def _metrics(site: str, metrics: Mapping[Any, Any]) -> tuple[tuple[str, Fraction
 
 def _number(value: Any) -> Fraction | None:
     """A metric's exact value; None for what has none (text, lists, NaN, Inf)."""
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if not isinstance(value, numbers.Real) or not _is_finite(value):
         return None
-    if isinstance(value, numbers.Rational):
-        exact = Fraction(value)
-        return exact if exact.numerator.bit_length() <= MAX_METRIC_BITS // 4 else None
-    return Fraction(float(value))
+    exact = _fraction(value)
+    return exact if exact.numerator.bit_length() <= MAX_METRIC_BITS // 4 else None
+
+
+def _is_finite(value: numbers.Real) -> bool:
+    return isinstance(value, numbers.Integral) or math.isfinite(value)
+
+
+def _fraction(value: numbers.Real) -> Fraction:
+    # through int and float: numpy's integers pass for Python's, and would wrap
+    return Fraction(int(value) if isinstance(value, numbers.Integral) else float(value))
 
 
 def ignored_metrics(plain: Mapping[str, Any]) -> list[str]:

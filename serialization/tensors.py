@@ -151,6 +151,8 @@ def _torch_spec(value: Any) -> tuple[str, tuple[int, ...]]:
         raise LayoutError(f"{tensor.dtype} cannot be stored; allowed are {', '.join(_BY_TORCH)}: convert it first")
     if tensor.layout != torch.strided:
         raise LayoutError(f"a {tensor.layout} tensor cannot be stored: call .to_dense() first")
+    if hasattr(tensor, "full_tensor"):
+        raise LayoutError("a tensor that is sharded over processes cannot be stored: call .full_tensor() first")
     if tensor.device.type == "meta":
         raise LayoutError("a tensor on the meta device has no values: materialise it first")
     return name, tuple(tensor.shape)

@@ -25,7 +25,7 @@ import structlog
 from .forkwire import Preloaded
 from .spawner import Asked, ProcessError, WarmClient
 
-__all__ = ["Warm", "modules_for", "start_warm", "warmed"]
+__all__ = ["Warm", "modules_for", "start_early", "start_warm", "take_warm", "warmed"]
 
 log = structlog.get_logger(__name__)
 
@@ -190,6 +190,29 @@ def warmed(warm: Warm, modules: Sequence[str]) -> Warm:
         warm = start_warm(warm.wanted, skip=warm.skip | {unsafe})
     warm.close()
     raise ProcessError("every list of modules to preload has one that starts a thread")
+
+
+_early: list[Warm] = []
+
+
+def start_early(paths: Iterable[Path]) -> None:
+    """Start the next simulation's warm process for the code at ``paths`` now: it loads while the job is read."""
+    if not _early:
+        with contextlib.suppress(ProcessError):  # the simulation itself will say it
+            _early.append(start_warm(modules_for(paths)))
+
+
+def take_warm(modules: Sequence[str]) -> Warm:
+    """A warm process of one's own that has loaded these modules: the one that was started early, or a new one.
+
+    Raises:
+        ProcessError: no warm process can be had.
+    """
+    early = _early.pop() if _early else None
+    if early is not None and (early.lost or early.process.poll() is not None):
+        early.close()
+        early = None
+    return warmed(early or start_warm(modules), modules)
 
 
 def modules_for(paths: Iterable[Path], *, torch: bool = False) -> tuple[str, ...]:

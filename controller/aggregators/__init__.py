@@ -1,1 +1,8 @@
-"""TODO."""
+"""How a round's results become the next global model."""
+
+from __future__ import annotations
+
+from .base import Aggregate, Aggregator
+from .mean import MeanAggregate, WeightedMean
+
+__all__ = ["Aggregate", "Aggregator", "MeanAggregate", "WeightedMean"]

@@ -9,11 +9,10 @@ import numpy as np
 import structlog
 
 from ...serialization.errors import JobError
-from ...serialization.fold import Fold
 from ...serialization.foldplan import FoldPlan
 from ...serialization.messages import CloseRule
 from ...serialization.model import FLModel, ParamsType, flatten
-from ..aggregators.base import Aggregator
+from ..aggregators.base import Aggregate, Aggregator
 from ..aggregators.mean import WeightedMean
 from ..federation import Federation
 from ..folding import Folding
@@ -21,6 +20,9 @@ from ..records import RoundRecord
 from ..workflow import Workflow
 
 log = structlog.get_logger(__name__)
+
+#: Results to plan for where the number of sites is not known before they connect; more do no harm.
+MOST_TASKS = 2048
 
 _MASTER = "master."
 _PLAN = "plan"
@@ -83,10 +85,9 @@ class FedAvg(Workflow):
         """All rounds that are not committed yet."""
         model = fed.model(self.initial_model)
         memory = _Memory.of(fed.state())
-        said_equal = False
         for round in fed.rounds(self.num_rounds):
             record = RoundRecord(round)
-            plan = memory.plan or self.aggregator.plan(model)
+            plan = self.aggregator.plan(model, tasks=self.sample or fed.site_count or MOST_TASKS, previous=memory.plan)
             associative = self.aggregator.associative
             gather = fed.gather(
                 self.task,
@@ -98,15 +99,13 @@ class FedAvg(Workflow):
                 partials=associative and self.rule.deadline_s is None,
                 config={"total_rounds": self.num_rounds},
             )
-            folding = Folding(
-                fed, gather, plan, record, start=self.aggregator.start, checkpoint_bytes=self.checkpoint_bytes
-            )
-            fold = folding.run()
+            fold = self.aggregator.start(model, plan, master=memory.master)
+            fold = Folding(fed, gather, fold, record, checkpoint_bytes=self.checkpoint_bytes).run()
             if fold.equal_weights:
                 log.info(
                     "equal_weights", round=round, reason="no result has NUM_STEPS_CURRENT_ROUND: each counts as one"
                 )
-            received, model = model, fold.finish(model, master=memory.master)
+            received, model = model, fold.finish()
             scored = fold.metrics
             model.metrics = None
             best = memory.note(scored.get(self.key_metric), round)
@@ -151,10 +150,10 @@ class _Memory:
         params |= {_MASTER + name: value for name, value in self.master.items()}
         return FLModel(params=params, meta={"best": self.best, "best_round": self.best_round})
 
-    def after(self, fold: Fold) -> None:
+    def after(self, fold: Aggregate) -> None:
         """The next round's scales and masters."""
         self.plan = fold.next_plan()
-        self.master = fold.master
+        self.master = dict(fold.master)
 
     def note(self, score: float | None, round: int) -> bool:
         """Whether the model that the sites received, and scored, is the best so far. The untrained one never is."""

@@ -16,10 +16,8 @@ from pathlib import Path
 from tempfile import gettempdir
 
 import numpy as np
-from fedloom.client import FLModel
-from fedloom.executor import Executor, TaskContext
+from fedloom.executor.function import Executor, FLModel, TaskContext
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -78,11 +76,8 @@ async def measure(request: Request) -> JSONResponse:
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """The executor lives as long as the service."""
-    await run_in_threadpool(executor.start)
-    try:
+    async with executor:
         yield
-    finally:
-        await run_in_threadpool(executor.stop)
 
 
 app = Starlette(

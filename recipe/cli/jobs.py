@@ -192,18 +192,12 @@ def _when(at: float | None) -> str:
 
 
 def _round_row(record: dict[str, Any]) -> list[str]:
-    metrics = record.get("metrics")
-    shown = (
-        "  ".join(
-            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in metrics.items()
-        )
-        if isinstance(metrics, dict)
-        else ""
-    )
+    metrics: dict[str, Any] = record.get("metrics") or {}
+    shown = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in metrics.items()]
     seconds = record.get("seconds")
     return [
         str(record.get("round", "")),
         str(record.get("results", "")),
         f"{seconds:.2f}" if isinstance(seconds, float | int) else "",
-        shown,
+        "  ".join(shown),
     ]

@@ -37,15 +37,17 @@ def broker(
     log_format: LogFormat = None,
 ) -> None:
     """Start the broker: the only one that listens; a killed one goes on where it was."""
-    from ...broker.service import BrokerConfig, run_broker
     from ..logs import setup
 
     if durability not in _DURABILITIES:
         raise JobError(f"--durability {durability!r}; allowed are {' and '.join(_DURABILITIES)}")
+    bind = _endpoint(bind)
+    from ...broker.service import BrokerConfig, run_broker
+
     level, json_lines = setup(log_level, log_format)
     run_broker(
         BrokerConfig(
-            bind=_endpoint(bind),
+            bind=bind,
             store=store.expanduser().resolve(),
             data_bind=data_bind,
             advertise=advertise,
@@ -86,7 +88,6 @@ def executor(
     log_format: LogFormat = None,
 ) -> None:
     """Start an executor, which works for one site, or for several."""
-    from ...executor.service import run_executor
     from ...serialization.jobspec import check_site_name
     from ..logs import setup
 
@@ -95,15 +96,18 @@ def executor(
         raise JobError("an executor works for a site: name it, as in --site site-1 (repeat it for several)")
     for name in [*sites, *([pool] if pool else [])]:
         check_site_name(name)
-    level, json_lines = setup(log_level, log_format)
+    from ...executor.config import AgentConfig
+    from ...executor.service import run_executor
+
+    setup(log_level, log_format)
     run_executor(
-        _broker(broker),
-        sites=sites,
-        pool=pool or "",
-        workspace=workspace.expanduser().resolve(),
-        capacity=capacity,
-        log_level=level,
-        log_json=json_lines,
+        AgentConfig(
+            endpoint=_broker(broker),
+            workspace=workspace.expanduser().resolve(),
+            sites=tuple(sites),
+            pool=pool or "",
+            capacity=capacity or len(sites),
+        )
     )
 
 

@@ -355,6 +355,7 @@ class TestBadUploads:
         for _ in range(2):
             bench.peer(A, Chunk(S1, 1, len(part), 0), part)
         assert bench.one(A, Abort).code == "corrupt"
+        bench.take(A, Grant)
         bench.admit(A, Put(ref(), S1))
         assert bench.one(A, Grant).next == 0
 

@@ -43,7 +43,9 @@ def test_service_answers_while_it_trains(
         )
         wait_for_service(service, urls[-1])
 
-    job = children.python(folder / "job.py", "--broker", endpoint, "--sites", "2", "--rounds", str(ROUNDS), cwd=workspace)
+    job = children.python(
+        folder / "job.py", "--broker", endpoint, "--sites", "2", "--rounds", str(ROUNDS), cwd=workspace
+    )
     seen: set[int] = set()
     slowest = 0.0
     with httpx.Client() as client:

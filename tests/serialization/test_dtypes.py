@@ -51,7 +51,7 @@ def test_widen_gives_the_value_of_every_code(name: str, out_type: type) -> None:
         values = np.random.default_rng(1).standard_normal(5000) * 1e30
         raw = np.concatenate([values, [0.0, -0.0, np.inf, -np.inf, np.nan]]).astype(entry.numpy)
     out = np.full(raw.size, 7, out_type)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         widen(raw.view(np.uint8), name, out)
         wanted = raw.view(entry.numpy).astype(out_type)
     assert np.array_equal(out, wanted, equal_nan=True)

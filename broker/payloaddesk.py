@@ -1,0 +1,125 @@
+"""Payloads as the control process sees them: small ones come whole, large ones are admitted and reported by the data
+process, and a row is journaled before anybody hears that a payload is stored."""
+
+from __future__ import annotations
+
+from ..serialization.digest import digest_buffers
+from ..serialization.errors import FaultError, FencedError, PayloadError
+from ..serialization.faultpoints import fault_point
+from ..serialization.messages import INLINE_BYTES, Abort, Get, Grant, Message, PayloadRef, Put, Stored
+from .sessions import Session
+from .state import BrokerState
+
+__all__ = ["PayloadDesk"]
+
+_LANDED = "landed"
+
+
+class PayloadDesk:
+    """Admits payloads and journals their rows."""
+
+    def __init__(self, state: BrokerState) -> None:
+        self._state = state
+
+    def put(self, session: Session, message: Put, tail: bytes, now: float) -> None:
+        """A whole small payload on the control link.
+
+        Raises:
+            FaultError: too large, another payload of that id, a digest that does not hold, a stale attempt.
+        """
+        ref = message.payload
+        if not self._state.payloads.has(ref):
+            if ref.size > INLINE_BYTES or len(tail) != ref.size:
+                raise FaultError(
+                    "size", f"{len(tail)} bytes for payload {ref.id} of {ref.size}; at most {INLINE_BYTES} come whole,"
+                    " larger ones on the data link"
+                )  # fmt: skip
+            digest = digest_buffers([tail])
+            if (ref.digest and ref.digest != digest) or (ref.id.startswith("b3-") and ref.id != f"b3-{digest}"):
+                raise FaultError("digest", f"payload {ref.id} arrived damaged: its digest is {digest}")
+            holder = self._holder(message, session.role)
+            ref = PayloadRef(ref.id, ref.size, digest, ref.type)
+            try:
+                self._state.spool.store(ref.id, [tail])
+            except PayloadError as error:
+                raise FaultError("payload_id", str(error)) from None
+            fault_point("control.after_file_before_row")
+            self._state.payloads.add(ref, holder, now)
+        else:
+            self._state.payloads.hold(ref.id, self._holder(message, session.role), now)
+        self._state.reply(session, Stored(message.stream, message.ref, self._state.payloads.rows[ref.id]))
+
+    def get(self, session: Session, message: Get) -> None:
+        """A small payload's bytes on the control link.
+
+        Raises:
+            FaultError: ``unknown_payload``, or ``size`` where it must be streamed.
+        """
+        row = self._state.payloads.rows.get(message.payload)
+        if row is None:
+            raise FaultError("unknown_payload", f"payload {message.payload} is not here")
+        data = self._state.small(row)
+        if data is None:
+            raise FaultError("size", f"payload {row.id} has {row.size} bytes: get it on the data link")
+        self._state.reply(session, Stored(message.stream, message.ref, row), data)
+
+    def from_data(self, message: Put, now: float) -> Message | None:
+        """The data process asks whether a payload may come, or says that it has landed; the answer goes to it."""
+        ref = message.payload
+        payloads = self._state.payloads
+        try:
+            if payloads.has(ref):
+                payloads.hold(ref.id, self._holder(message, "executor" if message.task else ""), now)
+                return Stored(message.stream, payload=payloads.rows[ref.id])
+            known = payloads.rows.get(ref.id)
+            if known is not None:
+                return Abort(message.stream, "conflict", f"payload {ref.id} is here with {known.size} bytes")
+            holder = self._holder(message, "")
+            if message.local != _LANDED:
+                return Grant(message.stream, 0, 0, 0)
+            if not self._state.spool.exists(ref.id, ref.size):
+                return Abort(message.stream, "lost", f"payload {ref.id} is not in the spool: put it again", 0.1)
+        except (FaultError, PayloadError) as error:
+            code = error.code if isinstance(error, FaultError) else "payload_id"
+            self._state.counters[f"put.{code}"] += 1
+            return Abort(message.stream, code, str(error)[:1024])
+        payloads.add(ref, holder, now)
+        return Stored(message.stream, payload=ref)
+
+    def _holder(self, message: Put, role: str) -> str:
+        """Who holds a payload until it is used.
+
+        Raises:
+            FaultError: the attempt or the claim that it belongs to is not current.
+        """
+        if message.task:
+            task = self._state.ledger.tasks.get(message.task)
+            if task is None or (task.ended and task.status != "done"):
+                raise FaultError("closed", f"task {message.task} is over: its result is not wanted")
+            if task.attempt != message.attempt:
+                raise FaultError(
+                    "stale", f"attempt {message.attempt} of task {message.task}: {task.attempt} is current"
+                )
+            if task.status == "done":
+                return f"gather:{task.gather}" if self._is_result(message) else self._refuse_late(message)
+            return f"task:{message.task}"
+        if message.claim:
+            job = self._state.jobs.check(message.job, message.claim)
+            return f"put:{job.id}"
+        if message.job:
+            job = self._state.jobs.get(message.job)
+            if job.ended:
+                raise FencedError("closed", f"job {job.id} is {job.status}")
+            return f"put:{job.id}"
+        if role == "executor":
+            raise FaultError("job", "a payload of an executor names its job")
+        return "submit"
+
+    def _is_result(self, message: Put) -> bool:
+        task = self._state.ledger.tasks[message.task]
+        gather = self._state.ledger.gathers[task.gather]
+        return any(r.task == task.id and r.payload and r.payload.id == message.payload.id for r in gather.results)
+
+    @staticmethod
+    def _refuse_late(message: Put) -> str:
+        raise FaultError("late", f"task {message.task} has its result")

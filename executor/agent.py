@@ -1,0 +1,366 @@
+"""The agent: an executor's link, leases, payloads, slots and hosts, in one thread that is handed everything as calls.
+
+A task's way: Assign, Accept, prepared (code, payload, fold plan) in a pool thread, a slot, a host (or a thread, for
+functions embedded in this process), a result, the outbox or a batch to fold, Done, Stored.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import structlog
+
+from ..broker.link import Link
+from ..serialization.envelope import Buffer
+from ..serialization.errors import FaultError, FedloomError, JobError
+from ..serialization.messages import (
+    Accept,
+    Assign,
+    Cancel,
+    Decline,
+    Fault,
+    Hello,
+    Message,
+    PayloadRef,
+    Ping,
+    Stored,
+    TaskRef,
+    Welcome,
+)
+from .channel import ChannelServer, Map
+from .collector import Collector
+from .config import AgentConfig
+from .context import TaskFunction
+from .deliver import LinkLike
+from .desk import Desk
+from .hosts import Spawner, SubprocessSpawner
+from .runs import Run, Work
+from .script import settings_of
+from .worker import Worker
+
+__all__ = ["Agent", "AgentConfig", "LinkFactory"]
+
+log = structlog.get_logger(__name__)
+
+_FETCH_S = 24 * 3600.0
+_DECLINE_S = 2.0
+_CALLS_A_TURN = 1024
+_MAX_ENDED_JOBS = 1024
+
+LinkFactory = Callable[..., LinkLike]
+
+
+class Agent:
+    """One executor. `start` connects, `stop` ends it; both from any thread. It is started once.
+
+    Args:
+        spawner: what starts its hosts.
+        functions: task functions embedded in this process, by task name (``"*"``: any).
+        link_factory: what makes the link; tests give a fake.
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        spawner: Spawner | None = None,
+        functions: Mapping[str, TaskFunction] | None = None,
+        *,
+        link_factory: LinkFactory = Link,
+    ) -> None:
+        if not config.sites:
+            raise JobError("an executor without sites: name at least one")
+        self.config = config
+        self.fatal: FaultError | None = None
+        self._sites = frozenset(config.sites)
+        self._functions = dict(functions or {})
+        self._spawner = spawner or SubprocessSpawner()
+        self._link_factory = link_factory
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._ended = threading.Event()
+        self._end_lock = threading.Lock()
+        self._when_ended: list[Callable[[], None]] = []
+        self._stop_grace_s = 0.0
+        self._told_free = 0
+        self._lock_fd = -1
+        self._desk: Desk | None = None
+        self._channel: ChannelServer | None = None
+        self._worker: Worker | None = None
+        self._collector: Collector | None = None
+        self._thread = threading.Thread(target=self._main, name="fedloom-agent", daemon=True)
+
+    # ------------------------------------------------------------ any thread
+
+    def start(self) -> Welcome:
+        """Connect and begin to work.
+
+        Raises:
+            JobError: another process works in this workspace. LinkTimeout: no broker answered. FaultError: it refused,
+                such as a site that another live executor serves.
+        """
+        config = self.config
+        self._lock_fd = lock_workspace(config.workspace)
+        desk = self._desk = Desk(config, self._post)
+        hello = Hello(
+            node=config.node, role="executor", boot=secrets.token_hex(16), capacity=config.announced, pool=config.pool
+        )
+        desk.link = self._link_factory(
+            config.endpoint,
+            hello,
+            sites=config.sites,
+            held=desk.held_refs,
+            on_message=self._receive,
+            free=lambda: desk.free,
+        )
+        self._collector = Collector(desk)
+        self._channel = ChannelServer(self._from_channel)
+        self._worker = Worker(desk, self._channel, self._spawner, self._collector.finished, self._stopping.is_set)
+        self._told_free = desk.free
+        try:
+            welcome = desk.link.start(config.connect_s)
+        except FedloomError:
+            self._close()
+            raise
+        desk.digest = welcome.integrity == "digest"
+        self._channel.start()
+        self._thread.start()
+        log.info("executor_up", node=config.node, sites=len(config.sites), capacity=config.capacity)
+        return welcome
+
+    def stop(self, grace_s: float = 0.3) -> None:
+        """End all hosts, say goodbye and stop. What is in the outbox is sent by the next agent in this workspace."""
+        self._stop_grace_s = grace_s
+        self._stopping.set()
+        self._post(lambda: None)
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(grace_s + 15.0)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has stopped, by itself or told to."""
+        return self._ended.is_set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the agent's end; True once it has ended.
+
+        Raises:
+            FaultError: the broker ended it, such as another executor under the same name.
+        """
+        ended = self._ended.wait(timeout_s)
+        if ended and self.fatal is not None:
+            raise self.fatal
+        return ended
+
+    def when_ended(self, tell: Callable[[], None]) -> None:
+        """Call this once it has ended, in the agent's thread (now, if it has)."""
+        with self._end_lock:
+            if not self._ended.is_set():
+                self._when_ended.append(tell)
+                return
+        tell()
+
+    def _post(self, call: Callable[[], None]) -> None:
+        self._calls.put(call)
+
+    def _receive(self, message: Message, tail: Buffer) -> None:
+        data = bytes(tail)  # the link's memory is its own again when this returns
+        self._post(lambda: self._on_message(message, data))
+
+    def _from_channel(self, connection: int, host: str, role: str, message: Map | None) -> None:
+        self._post(lambda: self._parts[1].hosts.on_channel(connection, host, role, message))
+
+    # ------------------------------------------------------------ the loop
+
+    @property
+    def _parts(self) -> tuple[Desk, Worker, Collector]:
+        assert self._desk is not None and self._worker is not None and self._collector is not None
+        return self._desk, self._worker, self._collector
+
+    def _main(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        except Exception as error:
+            log.exception("agent_crashed")
+            self.fatal = FaultError("internal", f"the agent failed: {error!r}")
+        finally:
+            self._parts[1].close(self._stop_grace_s)
+            self._close()
+            with self._end_lock:
+                self._ended.set()
+            for tell in self._when_ended:
+                tell()
+            log.info("executor_down", node=self.config.node)
+
+    def _close(self) -> None:
+        if self._desk is not None:
+            self._desk.link.close("the executor stops")
+            self._desk.close()
+        if self._channel is not None:
+            self._channel.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _turn(self) -> None:
+        desk, worker, collector = self._parts
+        timeout = min(worker.hosts.next_check_s(), collector.next_due_s(time.monotonic()))
+        try:
+            call = self._calls.get(timeout=timeout)
+            for _ in range(_CALLS_A_TURN):
+                self._guarded(call)
+                call = self._calls.get_nowait()
+            self._guarded(call)
+        except queue.Empty:
+            pass
+        now = time.monotonic()
+        worker.hosts.tick(now)
+        worker.limits(now)
+        for key, slot in desk.slots.take():
+            self._guarded(lambda key=key, slot=slot: worker.begin(desk.runs[key], slot))
+        collector.turn(now)
+        if desk.free > self._told_free:
+            desk.link.send(Ping(desk.free))  # room for more at once, not at the next ping
+        self._told_free = desk.free
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:
+            log.exception("agent_call_failed")
+
+    # ------------------------------------------------------------ the broker's messages
+
+    def _on_message(self, message: Message, tail: bytes) -> None:
+        _, _, collector = self._parts
+        match message:
+            case Assign():
+                self._assign(message, tail)
+            case Stored():
+                collector.delivery.stored(message)
+            case Cancel():
+                self._cancel(message)
+            case Welcome():
+                collector.delivery.repeat()
+            case Fault() if message.fatal:
+                self.fatal = FaultError(message.code, message.text)
+                log.error("executor_refused", code=message.code, text=message.text)
+                self._stopping.set()
+            case Fault():
+                log.warning("fault", code=message.code, text=message.text)
+            case _:
+                log.debug("message_ignored", kind=type(message).__name__)
+
+    def _assign(self, message: Assign, tail: bytes) -> None:
+        desk, worker, collector = self._parts
+        accepted: list[TaskRef] = []
+        declined: list[TaskRef] = []
+        fresh: list[Run] = []
+        work = Work(message, tail)
+        for item in message.items:
+            run = Run(work, item)
+            if item.site not in self._sites or message.job in desk.ended_jobs:
+                declined.append(run.ref)
+                continue
+            accepted.append(run.ref)
+            if run.key in desk.runs or run.key in collector.delivery:
+                continue
+            for key in [key for key in desk.runs if key[0] == item.task]:
+                worker.abandon(desk.runs[key])  # an attempt that the broker has given up
+            desk.add(run)
+            fresh.append(run)
+        if accepted:
+            desk.link.send(Accept(tuple(accepted)))
+        if declined:
+            reason = f"{self.config.node} does not serve this site, or the job has ended"
+            desk.link.send(Decline(tuple(declined), reason, _DECLINE_S))
+        if fresh:
+            work.open = len(fresh)
+            desk.submit(lambda: self._prepare(work), lambda _, error: self._prepared(work, error))
+
+    def _prepare(self, work: Work) -> None:
+        """In a pool thread: everything that the tasks of this Assign have in common."""
+        desk, message = self._parts[0], work.assign
+        work.function = self._functions.get(message.name) or self._functions.get("*")
+        if message.archive is not None:
+            work.job = desk.jobs.ensure(message.job, message.archive, lambda ref: desk.link.fetch(ref, _FETCH_S))
+            try:
+                work.settings = settings_of(work.job.spec.executor_for(message.name))
+            except JobError:
+                if work.function is None:
+                    raise
+        if work.settings is None and work.function is None:
+            raise JobError(
+                f"task {message.name!r} of job {message.job} has no code: no function here and no script in it"
+            )
+        if message.payload is not None:
+            inline = len(work.tail) == message.payload.size
+            work.payload = work.tail if inline else desk.cache.fetch(message.payload, self._fetch)
+        if message.partials and message.fold is not None:
+            got = desk.cache.fetch(message.fold, self._fetch)
+            work.plan = got.read_bytes() if isinstance(got, Path) else got
+            desk.cache.unpin(message.fold.id)
+
+    def _fetch(self, ref: PayloadRef, dest: Path) -> Path | bytes:
+        return self._parts[0].link.fetch(ref, _FETCH_S, dest)
+
+    def _prepared(self, work: Work, error: Exception | None) -> None:
+        desk, _, _ = self._parts
+        runs = [run for run in desk.runs.values() if run.work is work and run.stage == "preparing"]
+        if error is None:
+            for run in runs:
+                run.stage = "waiting"
+                desk.slots.push(run.key, run.lane)
+            return
+        log.warning("task_not_prepared", job=work.assign.job, task=work.assign.name, error=str(error))
+        for run in runs:
+            if isinstance(error, JobError):
+                desk.fail(run, "job", f"{run.item.site}: {error}")
+            elif isinstance(error, FedloomError):
+                desk.link.send(Decline((run.ref,), f"not prepared: {error}"[:1000], _DECLINE_S))
+                desk.end(run)
+            else:
+                desk.fail(run, "site_error", f"{run.item.site} cannot prepare the task: {error!r}", retryable=True)
+
+    def _cancel(self, message: Cancel) -> None:
+        desk, worker, collector = self._parts
+        for ref in message.tasks:
+            if (run := desk.runs.get((ref.task, ref.attempt))) is not None:
+                worker.abandon(run)
+            else:
+                collector.delivery.drop((ref.task, ref.attempt))
+        if message.tasks:
+            return
+        for run in [run for run in desk.runs.values() if run.job == message.job]:
+            worker.abandon(run)
+        if message.ended:
+            desk.ended_jobs[message.job] = None
+            while len(desk.ended_jobs) > _MAX_ENDED_JOBS:
+                del desk.ended_jobs[next(iter(desk.ended_jobs))]
+            collector.drop_job(message.job)
+            worker.end_job(message.job)
+
+
+def lock_workspace(workspace: Path) -> int:
+    """Hold a workspace for this process until its end; the descriptor that holds it.
+
+    Raises:
+        JobError: another process holds it.
+    """
+    workspace.mkdir(parents=True, exist_ok=True)
+    fd = os.open(workspace / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise JobError(
+            f"another executor works in {workspace}: give each its own --workspace, or stop the other one"
+        ) from None
+    return fd

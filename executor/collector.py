@@ -1,0 +1,198 @@
+"""The giving side of an agent: a finished task's result goes to the broker, alone or folded together with others.
+
+Runs in the agent's thread; folding in the one thread that folds.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from ..serialization.envelope import Buffer
+from ..serialization.messages import Decline, DoneItem, PayloadId, PayloadRef, TaskRef
+from .channel import Map
+from .deliver import Delivery
+from .desk import Desk
+from .outbox import Held, Key
+from .prefold import Batch, Batches, Result, fold_into
+from .runs import Run
+from .state import version_name
+
+log = structlog.get_logger(__name__)
+
+
+class Collector:
+    """Results from the host's word until the broker's."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self.delivery = Delivery(desk.link, desk.outbox, desk.submit, self._settled)
+        self._batches = Batches(desk.config.partial_max_tasks, desk.config.partial_max_s)
+        # until settled: site, job, version written, the version it started from
+        self._bases: dict[Key, tuple[str, str, str, str]] = {
+            held.key: (held.item.site, held.job, held.item.state, held.base) for held in desk.outbox
+        }
+
+    def next_due_s(self, now: float) -> float:
+        """How long until a batch is old enough to leave."""
+        return max(0.0, self._batches.next_due_s(now))
+
+    def drop_job(self, job: str) -> None:
+        """The job is over."""
+        for result in self._batches.drop_job(job):
+            self._discard(result)
+            self._desk.close_run((result.item.task, result.item.attempt))
+            self._desk.let_go((result.item.task, result.item.attempt))
+
+    def finished(self, run: Run, message: Map) -> None:
+        """A task's result, as its host told it."""
+        spec = run.spec
+        assert spec is not None
+        told: Any = message.get("data")
+        data: bytes | None = told if isinstance(told, bytes) else None
+        size, digest = int(message["size"]), str(message.get("digest", ""))
+        version = version_name(*run.key) if message.get("wrote_state") else ""
+        payload = (
+            None if data is not None else PayloadRef(PayloadId(f"r-{run.item.task}.{run.item.attempt}"), size, digest)
+        )
+        item = DoneItem(
+            task=run.item.task,
+            attempt=run.item.attempt,
+            site=run.item.site,
+            payload=payload,
+            inline_bytes=0 if data is None else len(data),
+            meta=message.get("meta") or {},
+            state=version,
+            restarted=run.restarted,
+            run_s=float(message.get("run_s", 0.0)),
+        )
+        self._bases[run.key] = (run.item.site, run.job, version, run.item.state)
+        result = Result(
+            run.job,
+            run.work.assign.gather,
+            item,
+            Path(spec.result_path) if data is None else data,
+            size,
+            digest,
+            run.item.state,
+        )
+        self._desk.leave_slot(run)
+        if run.work.plan is not None:
+            run.stage = "folding"
+            self._batch(run, result)
+        else:
+            run.stage = "storing"
+            self._send_single(result, run.incoming)
+
+    def _send_single(self, result: Result, incoming: str = "") -> None:
+        data, path = (result.source, "") if isinstance(result.source, bytes) else (None, str(result.source))
+        held = Held(
+            result.job,
+            result.gather,
+            result.item,
+            data=data,
+            path=path,
+            incoming=incoming if path else "",
+            base=result.base,
+        )
+        key = held.key
+        try:
+            self.delivery.add(held)
+        except OSError as error:
+            if (run := self._desk.runs.get(key)) is not None:
+                self._desk.fail(run, "site_disk", f"the result cannot be kept: {error}", retryable=True)
+            return
+        self._desk.close_run(key)
+
+    def _batch(self, run: Run, result: Result) -> None:
+        assert run.work.plan is not None
+        batch = self._batches.batch_for(run.gather, run.work.plan, time.monotonic())
+        if (waiting := batch.take_in(result)) is not None:
+            self._desk.fold(
+                lambda: fold_into(batch, waiting),
+                lambda outcomes, error: self._folded(batch, waiting, outcomes, error),
+            )
+
+    def _folded(
+        self,
+        batch: Batch,
+        results: list[Result],
+        outcomes: list[tuple[Result, Exception | None]] | None,
+        error: Exception | None,
+    ) -> None:
+        for result, wrong in outcomes or [(result, error) for result in results]:
+            batch.folding -= 1
+            if wrong is None:
+                batch.results.append(result)
+                self._unlink(result)
+                continue
+            run = self._desk.runs.get((result.item.task, result.item.attempt))
+            self._discard(result)
+            if run is not None:
+                self._desk.fail(run, "bad_result", f"the result of {run.spec} cannot be folded: {wrong}")
+
+    def turn(self, now: float) -> None:
+        """Send what is due."""
+        self._close_batches(now)
+        self.delivery.turn(now)
+
+    def _close_batches(self, now: float) -> None:
+        if not len(self._batches):
+            return
+        working = {run.gather for run in self._desk.runs.values() if run.stage in ("preparing", "waiting", "running")}
+        for batch in self._batches.due(now, working):
+            if batch.alone is not None:
+                self._send_single(batch.alone)
+            elif batch.fold is not None:
+                finish = batch.fold.finish
+                self._desk.fold(finish, lambda made, error, batch=batch: self._partial(batch, made, error))
+
+    def _partial(self, batch: Batch, made: tuple[PayloadRef, list[Buffer]] | None, error: Exception | None) -> None:
+        link, delivery = self._desk.link, self.delivery
+        items = [result.item for result in batch.results]
+        if made is None or error is not None:
+            log.error("partial_failed", job=batch.gather[0], tasks=len(items), error=repr(error))
+            refs = tuple(TaskRef(item.task, item.attempt) for item in items)
+            link.send(Decline(refs, f"the partial could not be made: {error}"[:1000]))
+            for result in batch.results:
+                self._discard(result)
+                self._desk.close_run((result.item.task, result.item.attempt))
+                self._desk.let_go((result.item.task, result.item.attempt))
+            return
+        ref, buffers = made
+        bare = [replace(item, payload=None, inline_bytes=0) for item in items]
+        delivery.add_partial(batch.gather[0], batch.gather[1], bare, ref, buffers)
+        log.debug("partial_made", job=batch.gather[0], tasks=len(items), bytes=ref.size)
+        for item in items:
+            self._desk.close_run((item.task, item.attempt))
+
+    def _settled(self, key: Key, stored: bool) -> None:
+        """The broker has the result, or does not want it."""
+        self._desk.let_go(key)
+        entry = self._bases.pop(key, None)
+        if entry is None:
+            return
+        site, job, version, base = entry
+        if not version:
+            return
+        if stored:
+            others = {v for s, j, v, _ in self._bases.values() if (s, j) == (site, job)}
+            others |= {b for s, j, _, b in self._bases.values() if (s, j) == (site, job)}
+            others |= {r.item.state for r in self._desk.runs.values() if r.item.site == site and r.job == job}
+            self._desk.states.settle(site, job, version, base, frozenset(others))
+        else:
+            self._desk.states.discard(site, job, version)
+
+    def _discard(self, result: Result) -> None:
+        self._unlink(result)
+        if result.item.state:
+            self._desk.states.discard(result.item.site, result.job, result.item.state)
+
+    @staticmethod
+    def _unlink(result: Result) -> None:
+        if isinstance(result.source, Path):
+            result.source.unlink(missing_ok=True)

@@ -1,0 +1,162 @@
+"""What the parts of an agent share: its settings and folders, the attempts in hand, and how they end without a result.
+
+Everything but `held_refs`, `free` and `post` belongs to the agent's thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from ..serialization.codec import encode_fields, pack
+from ..serialization.messages import Event, Fail, JobId, Site, TaskRef
+from .cache import PayloadCache
+from .channel import Map
+from .client_api import tail_text
+from .config import AgentConfig
+from .deliver import LinkLike
+from .jobs import JobFolders
+from .outbox import Outbox
+from .runs import Key, Run
+from .slots import Slot, Slots
+from .state import StateStore, version_name
+
+log = structlog.get_logger(__name__)
+
+_MAX_EVENT_BYTES = 32 * 1024
+
+
+class Desk:
+    """The attempts of one agent, from Assign until their result is stored."""
+
+    def __init__(self, config: AgentConfig, post: Callable[[Callable[[], None]], None]) -> None:
+        workspace = config.workspace
+        self.config = config
+        self.post = post
+        self.cache = PayloadCache(workspace / "cache", config.cache_bytes)
+        self.jobs = JobFolders(workspace)
+        self.states = StateStore(workspace)
+        self.outbox = Outbox(workspace / "outbox")
+        self.slots: Slots[Key] = Slots(config.capacity, config.slot_envs)
+        self.slot_of: dict[Key, Slot] = {}
+        self.runs: dict[Key, Run] = {}
+        self.ended_jobs: dict[str, None] = {}
+        self.digest = True  # whether results carry one
+        self._link: LinkLike | None = None
+        self._held_lock = threading.Lock()
+        self._held: set[Key] = {held.key for held in self.outbox}
+        self._occupied = 0
+        self._io = ThreadPoolExecutor(4 + config.capacity, "fedloom-io")
+        self._fold = ThreadPoolExecutor(1, "fedloom-fold")
+
+    @property
+    def link(self) -> LinkLike:
+        """The agent's link."""
+        assert self._link is not None
+        return self._link
+
+    @link.setter
+    def link(self, link: LinkLike) -> None:
+        self._link = link
+
+    # ------------------------------------------------------------ any thread
+
+    def held_refs(self) -> list[TaskRef]:
+        """Every attempt that is ours until the broker says otherwise: what Hello tells."""
+        with self._held_lock:
+            return [TaskRef(task, attempt) for task, attempt in self._held]  # pyright: ignore[reportArgumentType]
+
+    @property
+    def free(self) -> int:
+        """How many more tasks may come: those whose result waits for others, or for the broker, take no room."""
+        return max(0, self.config.announced - self._occupied)
+
+    # ------------------------------------------------------------ threads
+
+    def submit(self, work: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
+        """Run ``work`` in a pool thread, and ``done`` with its outcome in the agent's."""
+        self._into(self._io, work, done)
+
+    def fold(self, work: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
+        """As `submit`, in the one thread that folds."""
+        self._into(self._fold, work, done)
+
+    def _into(self, pool: ThreadPoolExecutor, work: Callable[[], Any], done: Callable[..., None]) -> None:
+        def run() -> None:
+            value: Any = None
+            error: Exception | None = None
+            try:
+                value = work()
+            except Exception as caught:  # noqa: BLE001 - the pool's outermost guard: the agent's thread decides
+                error = caught
+            self.post(lambda: done(value, error))
+
+        pool.submit(run)
+
+    def close(self) -> None:
+        """Take no more work for the pools."""
+        for pool in (self._io, self._fold):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    # ------------------------------------------------------------ attempts
+
+    def add(self, run: Run) -> None:
+        """A new attempt."""
+        self.runs[run.key] = run
+        self._occupied += 1
+        with self._held_lock:
+            self._held.add(run.key)
+
+    def leave_slot(self, run: Run) -> None:
+        """It works no more: others may."""
+        self.slots.release(run.key)
+        self.slot_of.pop(run.key, None)
+        if run.occupies:
+            run.occupies = False
+            self._occupied -= 1
+
+    def close_run(self, key: Key) -> None:
+        """Forget a run. The attempt stays ours: its result is on its way."""
+        run = self.runs.pop(key, None)
+        if run is None:
+            return
+        self.leave_slot(run)
+        run.work.open -= 1
+        if run.work.open == 0 and run.work.assign.payload is not None:
+            self.cache.unpin(run.work.assign.payload.id)
+
+    def let_go(self, key: Key) -> None:
+        """The attempt is not ours any more."""
+        with self._held_lock:
+            self._held.discard(key)
+
+    def end(self, run: Run) -> None:
+        """The attempt is over without a result."""
+        if run.spec is not None:
+            Path(run.spec.result_path).unlink(missing_ok=True)
+            self.states.discard(run.item.site, run.job, version_name(*run.key))
+        self.close_run(run.key)
+        self.let_go(run.key)
+
+    def fail(self, run: Run, code: str, text: str, *, retryable: bool = False, killed: bool = False) -> None:
+        """Tell the broker that the attempt failed, and end it."""
+        clean = tail_text(text).encode("utf-8", "replace").decode()
+        log.warning("task_failed", job=run.job, site=run.item.site, task=run.work.assign.name, code=code, killed=killed)
+        self.link.send(Fail(run.item.task, run.item.attempt, code, clean, retryable, killed))
+        self.end(run)
+
+    def event(self, job: str, site: str, message: Map) -> None:
+        """Pass on what user code wants kept about the job."""
+        data: Any = message.get("data")
+        event = Event(
+            JobId(job), str(message.get("kind", "metric"))[:64], Site(site), data if isinstance(data, dict) else {}
+        )  # pyright: ignore[reportUnknownArgumentType]
+        if len(pack(encode_fields(event))) > _MAX_EVENT_BYTES:
+            log.warning("event_too_large", job=job, site=site, allowed_bytes=_MAX_EVENT_BYTES)
+            return
+        self.link.send(event)

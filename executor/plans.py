@@ -1,0 +1,130 @@
+"""From an assigned task to what is told to its host: the task's description, and the host's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..serialization.errors import JobError
+from .channel import Map
+from .hostpool import HostPlan
+from .hosts import HostRequest
+from .jobs import JobFolders
+from .runs import Run
+from .script import FunctionExecutor, ScriptExecutor
+from .seeding import start_seed, task_seed
+from .slots import Slot
+from .taskio import TaskSpec
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def task_spec(
+    run: Run, jobs: JobFolders, state_path: Path | None, state_out: Path, result_path: Path, digest: bool
+) -> TaskSpec:
+    """An attempt as its host is told of it.
+
+    The total number of rounds is the Assign's ``config["total_rounds"]``, else the job's own.
+    """
+    assign, item, work = run.work.assign, run.item, run.work
+    settings, job = work.settings, work.job
+    total: Any = assign.config.get("total_rounds", job.spec.num_rounds if job is not None else None)
+    serves_any = isinstance(settings, FunctionExecutor) and work.function is None
+    return TaskSpec(
+        task=item.task,
+        attempt=item.attempt,
+        site=item.site,
+        job=assign.job,
+        round=assign.round,
+        step=assign.step,
+        name=assign.name,
+        total_rounds=total if isinstance(total, int) else None,
+        payload_path=str(work.payload) if isinstance(work.payload, Path) else "",
+        payload_bytes=work.payload if isinstance(work.payload, bytes) else None,
+        exchange_format=settings.params_exchange_format if settings is not None else "numpy",
+        transfer_type=settings.params_transfer_type if settings is not None else "FULL",
+        config=assign.config,
+        seed=task_seed(assign.seed, assign.round, assign.step, item.site),
+        threads=job.spec.threads_per_task if job is not None else 1,
+        result_path=str(result_path),
+        digest=digest,
+        state_path=str(state_path) if state_path is not None else "",
+        state_out=str(state_out),
+        log_path=str(jobs.log_path(assign.job, item.site)) if serves_any else "",
+        cwd=str(jobs.site_folder(assign.job, item.site)) if serves_any else "",
+    )
+
+
+def host_plan(run: Run, slot: Slot, jobs: JobFolders, env: Mapping[str, str]) -> HostPlan:
+    """The host that this task needs.
+
+    Raises:
+        JobError: the script is not there, or its command line cannot be read.
+    """
+    work, item, assign = run.work, run.item, run.work.assign
+    job, settings = work.job, work.settings
+    if job is None or settings is None:
+        raise JobError(f"task {assign.name!r} of job {assign.job} has no code: neither a function here nor a script")
+    threads = job.spec.threads_per_task
+    environ: dict[str, str] = {name: str(threads) for name in _THREAD_VARIABLES}
+    environ |= {**env, **dict(slot.env)}
+    script = str(job.script(settings.task_script_path))
+    start: Map = {
+        "kind": "script",
+        "script": script,
+        "custom": str(job.custom),
+        "job": assign.job,
+        "site": item.site,
+        "threads": threads,
+        "exchange_format": settings.params_exchange_format,
+        "transfer_type": settings.params_transfer_type,
+    }
+    if isinstance(settings, FunctionExecutor):
+        cwd = jobs.folder(assign.job)
+        start |= {"kind": "function", "function": settings.function, "cwd": str(cwd), "site": ""}
+        start["seed"] = start_seed(assign.seed, "")
+        log = jobs.log_path(assign.job, f"worker-{slot.index + 1}")
+        request = HostRequest(environ, str(cwd), str(log), slot.index, name=f"worker-{slot.index + 1}")
+        key = f"function/{assign.job}/{settings.task_script_path}:{settings.function}/{slot.index}"
+        return HostPlan(key, assign.job, "", start, request, launch_s=3600.0)
+    cwd = jobs.site_folder(assign.job, item.site)
+    start |= {"cwd": str(cwd), "argv": settings.argv, "once": settings.launch_once}
+    start["seed"] = start_seed(assign.seed, item.site)
+    log = jobs.log_path(assign.job, item.site)
+    request = HostRequest(environ, str(cwd), str(log), slot.index, name=item.site)
+    client: Map | None = None
+    if settings.launch_external_process:
+        client = start
+        start = _command(settings, script, job.custom, str(cwd))
+    key = f"script/{assign.job}/{settings.task_script_path} {settings.task_script_args}/{item.site}"
+    return HostPlan(
+        key,
+        assign.job,
+        run.lane,
+        start,
+        request,
+        client=client,
+        once=not settings.launch_once,
+        grace_s=settings.shutdown_timeout,
+        launch_s=settings.launch_timeout if settings.launch_external_process else 3600.0,
+    )
+
+
+def _command(settings: ScriptExecutor, script: str, custom: Path, cwd: str) -> Map:
+    """What the keeper of an external command starts.
+
+    ``python3`` is the interpreter that runs fedloom: it goes first on PATH, as in an activated virtual environment.
+    """
+    command = settings.command_argv
+    if not command:
+        raise JobError("command is empty; such as 'python3 -u' belongs here")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    if shutil.which(command[0], path=path) is None:
+        raise JobError(f"command {settings.command!r}: no {command[0]!r} on this site's PATH")
+    modules = os.pathsep.join(filter(None, [str(custom), os.environ.get("PYTHONPATH", "")]))
+    environ = {"PATH": path, "PYTHONPATH": modules, "PYTHONUNBUFFERED": "1"}
+    return {"kind": "command", "argv": [*command, script, *settings.argv], "environ": environ, "cwd": cwd}

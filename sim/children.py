@@ -1,0 +1,131 @@
+"""Entry points of the simulation's own processes; each runs forked from the warm process, with plain arguments.
+
+SIGTERM ends one of them in good order, SIGKILL at any point does no harm that the run could see.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from ..serialization.errors import FedloomError
+from ..serialization.processes import setup_logging
+from .spawner import ForkedProcess, ForkSpawner, WarmClient
+
+__all__ = ["run_agent", "run_broker", "run_controller", "run_data"]
+
+log = structlog.get_logger(__name__)
+
+POOL = "sim"
+#: Only this machine's processes can die, all of one user and with one page cache between them.
+_BROKER: dict[str, Any] = {"durability": "process", "integrity": "size", "trust_local": True}
+#: How long the agent's hosts may take to end when the run is over; `SimConfig.grace_s` bounds the whole.
+HOSTS_END_S = 8.0
+
+
+def run_broker(
+    endpoint: str, store: str, internal: str, options: dict[str, Any], log_level: str, log_json: bool
+) -> None:
+    """The broker's control process."""
+    from ..broker.control import ControlConfig, run_control
+
+    _enter(log_level, log_json)
+    stop = _stop_on_terminate()
+    run_control(ControlConfig(store=Path(store), bind=endpoint, internal=internal, **(_BROKER | options)), stop)
+
+
+def run_data(endpoint: str, store: str, internal: str, options: dict[str, Any], log_level: str, log_json: bool) -> None:
+    """The broker's data process."""
+    from ..broker.data import DataConfig
+    from ..broker.data import run_data as serve
+
+    _enter(log_level, log_json)
+    stop = _stop_on_terminate()
+    serve(DataConfig(store=Path(store), bind=f"{endpoint}.data", internal=internal, **(_BROKER | options)), stop)
+
+
+def run_controller(
+    endpoint: str, warm: str, job_log: str, job_env: dict[str, str], log_level: str, log_json: bool
+) -> None:
+    """The controller; its job processes are forked too, and end with it."""
+    from ..controller.job import JobRequest
+    from ..controller.service import run_controller as serve
+
+    _enter(log_level, log_json)
+    client = WarmClient(warm)
+
+    def start_job(request: JobRequest) -> ForkedProcess:
+        args = {"request": asdict(request)}
+        return client.fork("job", "fedloom.controller.job:main", args, env=job_env, log_path=job_log)
+
+    try:
+        serve(endpoint, start_job, log_level=log_level, log_json=log_json)
+    finally:
+        client.close()
+
+
+def run_agent(
+    endpoint: str,
+    warm: str,
+    workspace: str,
+    sites: list[str],
+    slot_envs: list[dict[str, str]],
+    prefold: bool,
+    max_parked: int | None,
+    options: dict[str, Any],
+    log_level: str,
+    log_json: bool,
+) -> int:
+    """One pool agent for all sites, with a slot for each that runs at once; its hosts are forked and end with it."""
+    from ..executor.agent import Agent, AgentConfig
+
+    _enter(log_level, log_json)
+    stop = _stop_on_terminate()
+    settings: dict[str, Any] = {
+        "pool": POOL,
+        "capacity": len(slot_envs),
+        "slot_envs": tuple(slot_envs) if any(slot_envs) else (),
+    }
+    if not prefold:
+        settings["partial_max_tasks"] = 1  # a batch of one leaves as a single result
+    if max_parked is not None:
+        settings["max_parked"] = max_parked
+    client = WarmClient(warm, on_lost=stop.set)
+    config = AgentConfig(endpoint=endpoint, workspace=Path(workspace), sites=tuple(sites), **(settings | options))
+    agent = Agent(config, ForkSpawner(client))
+    try:
+        agent.start()
+        while not stop.wait(0.2):
+            if agent.wait(0.0):  # the broker has refused it, or it has failed: it raises which
+                return 1
+        agent.stop(HOSTS_END_S)
+    except FedloomError as error:
+        log.error("agent_ended", reason=str(error))
+        return 1
+    finally:
+        client.close()
+    return 0
+
+
+def _enter(log_level: str, log_json: bool) -> None:
+    setup_logging(log_level, log_json)
+    # hundreds of sites are hundreds of connections; hosts are forked elsewhere and keep the user's limit
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _stop_on_terminate() -> threading.Event:
+    stop = threading.Event()
+
+    def end(number: int, frame: object) -> None:
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    return stop

@@ -1,0 +1,428 @@
+"""`run_simulation`: a job folder in, a result folder out, with the whole pipeline on this machine in between."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import structlog
+
+from ..broker.link import Link
+from ..serialization.archive import SKIPPED_NAMES
+from ..serialization.errors import JobError, LinkError, LinkTimeout
+from ..serialization.jobspec import JobSpec, check_site_name
+from ..serialization.messages import Hello
+from ..serialization.processes import setup_logging
+from .gpus import parse_gpus, slots, worker_count
+from .pipeline import LogTail, Pipeline, PipelineSettings
+from .preload import modules_for, take_warm
+from .progress import Record, Reporter, SilentReporter, View, make_reporter, metrics_of, print_summary, rate_of
+
+if TYPE_CHECKING:
+    from ..recipe.client import JobClient, JobInfo
+
+__all__ = ["SimConfig", "SimFailure", "SimResult", "run_simulation"]
+
+log = structlog.get_logger(__name__)
+
+COMPLETED = "FINISHED:COMPLETED"
+#: The run's own folder in the workspace: the broker's store, the agent's workspace, the processes' logs.
+WORK_DIR = ".sim"
+
+_POLL_S = 0.2
+_CONNECT_S = 60.0
+#: A broker on this machine that says nothing for so long hangs.
+_SILENCE_S = 60.0
+#: `Gather` puts the first failed site at the end of its reason: where, site, code, traceback.
+_REASON = re.compile(r"\A[^\n]*\n(?P<site>[A-Za-z0-9][\w.-]{0,127}): (?P<code>[\w-]+)\n(?P<text>.*)\Z", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class SimConfig:
+    """What is simulated, and how.
+
+    Attributes:
+        job_folder: the job; where it lies in the workspace already it is used there, else copied to ``job/``.
+        workspace: the result folder. Made here, unless the job lies in it: then the caller has made it.
+        sites: the simulated sites' names; none: those that the job names.
+        threads: T, how many sites run at once; None: all of them, or one for each GPU group.
+        gpu: ``"0,1"`` or ``"[0,1],[2,3]"``, dealt to the T slots in turn.
+        seed: in place of the job's own.
+        max_parked: how many scripts may wait between their tasks before the least recently used is ended.
+        prefold: let the agent fold results before it sends them, where the aggregator allows it.
+        log_level: which lines of the processes' logs are shown while it runs; all from "info" on are in ``logs/``.
+        timeout_s: the run's bound; None: as long as it takes.
+        grace_s: how long scripts may go on after the job has ended.
+        keep_store: leave the broker's store and the agent's workspace in ``.sim/``.
+        env, broker, agent: see `PipelineSettings`.
+    """
+
+    job_folder: Path
+    workspace: Path
+    sites: Sequence[str] = ()
+    threads: int | None = None
+    gpu: str | None = None
+    seed: int | None = None
+    max_parked: int | None = None
+    prefold: bool = True
+    show_progress: bool = True
+    log_level: str = "warning"
+    log_json: bool = False
+    timeout_s: float | None = None
+    grace_s: float = 10.0
+    keep_store: bool = False
+    env: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+    broker: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    agent: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class SimFailure:
+    """A site whose task ended without a result; ``text`` is its own traceback where its code raised."""
+
+    site: str
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class SimResult:
+    """How a simulation ended. ``result_dir`` is laid out as a downloaded job; ``rounds`` are metrics.jsonl's lines."""
+
+    job_id: str
+    status: str
+    reason: str
+    result_dir: Path
+    rounds: tuple[Record, ...] = ()
+    failures: tuple[SimFailure, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def completed(self) -> bool:
+        """Whether the job did all of its rounds."""
+        return self.status == COMPLETED
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The last round's aggregated metrics."""
+        return metrics_of(self.rounds[-1]) if self.rounds else {}
+
+
+def run_simulation(config: SimConfig) -> SimResult:
+    """Run a job to its end. A job that fails is a result too; what keeps it from running is an exception.
+
+    Ctrl-C and SIGTERM end every process within a second and raise KeyboardInterrupt.
+
+    Raises:
+        JobError: the job, its sites, the GPUs or the workspace are not what they must be.
+        ProcessError: a process of the simulation could not be started, or died.
+        LinkTimeout: the run took longer than ``timeout_s``.
+        KeyboardInterrupt: it was interrupted.
+    """
+    started = time.monotonic()
+    groups = parse_gpus(config.gpu)
+    sites = _sites(config, JobSpec.load(config.job_folder))
+    workers = worker_count(len(sites), config.threads, groups)
+    if not structlog.is_configured():
+        setup_logging(config.log_level, config.log_json)
+    with ExitStack() as stack:
+        shield = stack.enter_context(_interruptible())
+        workspace = _workspace(config, stack)
+        spec = _job(config, workspace, sites)
+        modules = modules_for([spec.custom_dir(workspace / "job")], torch=_wants_torch(spec))
+        warm = take_warm(modules)
+        stack.callback(_end, shield, warm.close)
+        work_dir = workspace / WORK_DIR
+        settings = PipelineSettings(
+            work_dir,
+            sites,
+            tuple(slot.env for slot in slots(groups, workers)),
+            config.prefold,
+            config.max_parked,
+            "debug" if config.log_level == "debug" else "info",
+            config.log_json,
+            config.env,
+            config.broker,
+            config.agent,
+        )
+        return _Run(config, spec, workspace, started, shield).go(warm, settings, stack)
+
+
+class _Run:
+    """One run, after everything that can be wrong beforehand was found right."""
+
+    def __init__(self, config: SimConfig, spec: JobSpec, workspace: Path, started: float, shield: _Shield) -> None:
+        self._config = config
+        self._spec = spec
+        self._workspace = workspace
+        self._started = started
+        self._shield = shield
+        self._died = threading.Event()
+        self._records: list[Record] = []
+        key = next((w.args["key_metric"] for w in spec.workflows if w.args.get("key_metric")), "accuracy")
+        self._key_metric = str(key)
+        self._reporter: Reporter = SilentReporter()
+
+    def go(self, warm: Any, settings: PipelineSettings, stack: ExitStack) -> SimResult:
+        from ..recipe.client import JobClient
+
+        pipeline = Pipeline(warm, settings, self._died.set)
+        stack.callback(_end, self._shield, lambda: self._leave(pipeline))
+        stack.callback(_end, self._shield, warm.close)  # before the files are moved; a second time does no harm
+        if self._config.show_progress:
+            self._reporter = make_reporter(sys.stderr, key_metric=self._key_metric)
+        stack.callback(self._reporter.close)
+        self._reporter.show(View(f"starting {len(settings.sites)} sites, {len(settings.slot_envs)} at once"))
+        pipeline.start()
+        link = self._connect(pipeline, stack)
+        client = JobClient(pipeline.endpoint, link=link, timeout_s=_SILENCE_S)
+        with _deaths_told(pipeline):
+            job_id = client.submit(self._workspace / "job")
+            self._show_files(pipeline, job_id)
+            info = self._watch(client, pipeline, job_id)
+            failures = self._failures(info)
+            self._reporter.close()
+            return self._collect(client, pipeline, info, failures)
+
+    def _connect(self, pipeline: Pipeline, stack: ExitStack) -> Link:
+        token = secrets.token_hex(8)
+        link = Link(pipeline.endpoint, Hello(node=f"client/{token}", role="client", boot=secrets.token_hex(16)))
+        stack.callback(_end, self._shield, link.close)
+        ended = threading.Thread(target=self._close_on_death, args=(link,), name="fedloom-sim-deaths", daemon=True)
+        ended.start()
+        stack.callback(ended.join, 5.0)
+        stack.callback(_end, self._shield, self._died.set)
+        with _deaths_told(pipeline):
+            link.start(_CONNECT_S)
+        return link
+
+    def _close_on_death(self, link: Link) -> None:
+        """So that nobody waits for an answer of a broker that is dead."""
+        self._died.wait()
+        link.close()
+
+    # ------------------------------------------------------------ while it runs
+
+    def _watch(self, client: JobClient, pipeline: Pipeline, job_id: str) -> JobInfo:
+        tail = LogTail(pipeline.log_dir, self._config.log_level)
+        deadline = None if self._config.timeout_s is None else self._started + self._config.timeout_s
+        while True:
+            info = client.info(job_id)
+            if info.round > len(self._records) or info.ended:
+                self._new_rounds(client, job_id, info.rounds)
+            self._reporter.show(self._view(info))
+            for line in tail.lines():
+                self._reporter.note(line)
+            if info.ended:
+                return info
+            if deadline is not None and time.monotonic() >= deadline:
+                raise LinkTimeout(
+                    f"job {job_id} is {info.status} after {self._config.timeout_s:g} s, with round {info.round} of"
+                    f" {info.rounds} done: the run was bounded by timeout_s"
+                )
+            pipeline.check()
+            self._died.wait(_POLL_S)
+
+    def _new_rounds(self, client: JobClient, job_id: str, rounds: int) -> None:
+        known = len(self._records)
+        for record in client.rounds(job_id)[known:]:
+            self._records.append(record)
+            self._reporter.round_done(record, rounds)
+
+    def _view(self, info: JobInfo) -> View:
+        gather = cast("dict[str, Any]", info.raw.get("gather") or {})
+        last = self._records[-1] if self._records else {}
+        return View(
+            info.status,
+            info.round,
+            info.rounds,
+            int(gather.get("results") or 0),
+            int(gather.get("tasks") or 0),
+            metrics_of(last),
+            rate_of(last),
+        )
+
+    # ------------------------------------------------------------ after it
+
+    def _failures(self, info: JobInfo) -> tuple[SimFailure, ...]:
+        """Sites that failed, first things first."""
+        found: dict[tuple[str, str], SimFailure] = {}
+
+        def add(site: str, code: str, text: str) -> None:
+            if site:
+                found.setdefault((site, text), SimFailure(site, code, text))
+
+        if info.status != COMPLETED and (match := _REASON.match(info.reason)):
+            add(match["site"], match["code"], match["text"])
+        for record in self._records:
+            for failure in cast("list[dict[str, Any]]", record.get("failures") or []):
+                add(str(failure.get("site", "")), str(failure.get("code", "")), str(failure.get("text", "")))
+        return tuple(found.values())
+
+    def _collect(
+        self, client: JobClient, pipeline: Pipeline, info: JobInfo, failures: tuple[SimFailure, ...]
+    ) -> SimResult:
+        from ..recipe.results import BEST_MODEL_FILE, METRICS_FILE, MODEL_FILE, write_results
+
+        if not pipeline.end_agent(self._config.grace_s):
+            log.warning("scripts_killed", job=info.job_id, after_s=self._config.grace_s)
+        self._keep_files(pipeline, info.job_id)
+        write_results(client, info.job_id, self._workspace, logs=False)
+        pipeline.stopping()
+        if self._config.show_progress:
+            files = [self._workspace / name for name in (MODEL_FILE, BEST_MODEL_FILE, METRICS_FILE)]
+            shown = [path for path in files if path.is_file() and path.stat().st_size]
+            print_summary(sys.stderr, self._records, info.rounds, shown, self._key_metric)
+        seconds = time.monotonic() - self._started
+        return SimResult(
+            info.job_id, info.status, info.reason, self._workspace, tuple(self._records), failures, seconds
+        )
+
+    def _show_files(self, pipeline: Pipeline, job_id: str) -> None:
+        """Let ``logs/`` and ``sites/`` lead to where the agent writes, for those who look while it runs."""
+        for name, place in _agent_folders(pipeline, job_id):
+            with suppress(OSError):
+                place.mkdir(parents=True, exist_ok=True)
+                (self._workspace / name).symlink_to(place.relative_to(self._workspace), target_is_directory=True)
+
+    def _keep_files(self, pipeline: Pipeline, job_id: str) -> None:
+        for name, place in _agent_folders(pipeline, job_id):
+            link = self._workspace / name
+            if link.is_symlink():
+                link.unlink()
+            if place.is_dir() and not link.exists():
+                place.rename(link)
+
+    def _leave(self, pipeline: Pipeline) -> None:
+        """The end of every run, also of one that was interrupted: logs in their place, the run's own folder gone."""
+        pipeline.stopping()
+        for name in ("logs", "sites"):
+            link = self._workspace / name
+            if link.is_symlink():
+                place = link.resolve()
+                link.unlink()
+                if place.is_dir():
+                    place.rename(link)
+        with suppress(OSError):
+            pipeline.keep_logs(self._workspace / "logs")
+        if not self._config.keep_store:
+            shutil.rmtree(self._workspace / WORK_DIR, ignore_errors=True)
+
+
+def _agent_folders(pipeline: Pipeline, job_id: str) -> list[tuple[str, Path]]:
+    return [
+        ("logs", pipeline.agent_dir / "logs" / job_id),
+        ("sites", pipeline.agent_dir / "jobs" / job_id / "sites"),
+    ]
+
+
+@contextmanager
+def _deaths_told(pipeline: Pipeline) -> Generator[None]:
+    """What a request that failed says is little; that a process has died says why."""
+    try:
+        yield
+    except LinkError:
+        pipeline.check()
+        raise
+    pipeline.check()
+
+
+# ---------------------------------------------------------------- beforehand
+
+
+def _sites(config: SimConfig, spec: JobSpec) -> tuple[str, ...]:
+    sites = tuple(config.sites or spec.sites or ())
+    if not sites:
+        raise JobError("no sites to simulate: say how many clients there are, or name them")
+    for site in sites:
+        check_site_name(site)
+    if len(set(sites)) != len(sites):
+        raise JobError(f"the sites {list(sites)} name one twice")
+    taking_part = spec.sites or sites
+    if missing := sorted(set(taking_part) - set(sites)):
+        raise JobError(f"job {spec.name!r} needs site {missing[0]!r}; simulated are {', '.join(sites)}")
+    if spec.min_clients > len(taking_part):
+        raise JobError(
+            f"min_clients={spec.min_clients} but {len(taking_part)} sites take part: no round could ever close;"
+            " simulate more, or lower min_clients"
+        )
+    return sites
+
+
+def _workspace(config: SimConfig, stack: ExitStack) -> Path:
+    from ..recipe.workspace import run_folder
+
+    workspace = config.workspace.expanduser().resolve()
+    if config.job_folder.resolve() == workspace / "job":
+        return workspace  # whoever put the job there holds the folder
+    return stack.enter_context(run_folder(workspace))
+
+
+def _job(config: SimConfig, workspace: Path, sites: tuple[str, ...]) -> JobSpec:
+    """The job in its place, with the run's sites and seed in it."""
+    folder = workspace / "job"
+    if config.job_folder.resolve() != folder:
+        shutil.copytree(config.job_folder, folder, ignore=shutil.ignore_patterns(*SKIPPED_NAMES, "*.pyc"))
+    spec = JobSpec.load(folder)
+    wanted = replace(spec, sites=spec.sites or sites, seed=spec.seed if config.seed is None else config.seed)
+    if wanted != spec:
+        wanted.write(folder)
+    return wanted
+
+
+def _wants_torch(spec: JobSpec) -> bool:
+    return any(e.component.args.get("params_exchange_format") == "pytorch" for e in spec.executors)
+
+
+# ---------------------------------------------------------------- interruption
+
+
+class _Shield:
+    """While it is up, an interrupt is remembered, not raised: clearing up must not stop half-way."""
+
+    def __init__(self) -> None:
+        self.up = False
+        self.hit = False
+
+
+@contextmanager
+def _interruptible() -> Generator[_Shield]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, and are as they were afterwards."""
+    shield = _Shield()
+    if threading.current_thread() is not threading.main_thread():
+        yield shield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        if shield.up:
+            shield.hit = True
+            return
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN and handler is not None:  # None: not Python's to restore
+            signal.signal(number, interrupt)
+    try:
+        yield shield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        if shield.hit:
+            raise KeyboardInterrupt
+
+
+def _end(shield: _Shield, step: Any) -> None:
+    shield.up = True
+    step()

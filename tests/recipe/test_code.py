@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fedloom.recipe.code import local_code, tree
+from fedloom.serialization.errors import JobError
+
+
+def test_follows_imports_recursively(tmp_path: Path) -> None:
+    (tmp_path / "client.py").write_text(
+        "import os, model\nfrom fedloom import client\ndef f():\n    import late.deep\n"
+    )
+    (tmp_path / "model.py").write_text("from layers.conv import Conv\nimport numpy\nimport model\n")
+    (tmp_path / "layers").mkdir()
+    (tmp_path / "layers" / "__init__.py").write_text("")
+    (tmp_path / "layers" / "conv.py").write_text("from . import other\nimport shared\n")
+    (tmp_path / "layers" / "other.py").write_text("")
+    (tmp_path / "layers" / "table.csv").write_text("1,2\n")
+    (tmp_path / "layers" / "__pycache__").mkdir()
+    (tmp_path / "layers" / "__pycache__" / "conv.pyc").write_text("")
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "deep.py").write_text("")
+    (tmp_path / "late" / "unused.py").write_text("")
+    (tmp_path / "shared.py").write_text("")
+    (tmp_path / "unused.py").write_text("")
+    (tmp_path / "fedloom").mkdir()
+    (tmp_path / "fedloom" / "__init__.py").write_text("")
+    assert list(local_code([tmp_path / "client.py"], [])) == [
+        "client.py",
+        "late/deep.py",
+        "layers/__init__.py",
+        "layers/conv.py",
+        "layers/other.py",
+        "layers/table.csv",
+        "model.py",
+        "shared.py",
+    ]
+
+
+def test_looks_beside_the_script_first_and_then_in_the_roots(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "client.py").write_text("import model, near")
+    (tmp_path / "src" / "near.py").write_text("")
+    (tmp_path / "near.py").write_text("another")
+    (tmp_path / "model.py").write_text("")
+    found = local_code([tmp_path / "src" / "client.py"], [tmp_path])
+    assert found == {
+        "client.py": tmp_path / "src" / "client.py",
+        "model.py": tmp_path / "model.py",
+        "near.py": tmp_path / "src" / "near.py",
+    }
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "client.py").write_text("import broken")
+    (tmp_path / "broken.py").write_text("x = (\n")
+    with pytest.raises(JobError, match=r"broken.py, line 1 is not valid Python"):
+        local_code([tmp_path / "client.py"], [])
+    (tmp_path / "broken.py").write_bytes(b"\x00")
+    with pytest.raises(JobError, match=r"broken.py.* is not valid Python"):
+        local_code([tmp_path / "client.py"], [])
+
+
+def test_two_files_for_one_place(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "client.py").write_text(name)
+    with pytest.raises(JobError, match=r"would both be 'client.py'"):
+        local_code([tmp_path / "a" / "client.py", tmp_path / "b" / "client.py"], [])
+    (tmp_path / "b" / "client.py").write_text("a")
+    assert list(local_code([tmp_path / "a" / "client.py", tmp_path / "b" / "client.py"], [])) == ["client.py"]
+
+
+def test_tree(tmp_path: Path) -> None:
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "data" / "sub" / "x.csv").write_text("")
+    (tmp_path / "data" / "x.pyc").write_text("")
+    assert list(tree(tmp_path / "data")) == ["data/sub/x.csv"]
+    assert list(tree(tmp_path / "data" / "sub" / "x.csv")) == ["x.csv"]

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from fedloom.recipe import NumpyFedAvgRecipe, SimEnv
+from fedloom.recipe.overrides import Overrides, applied
+from fedloom.serialization.errors import FedloomError, GatherError, JobError, TaskError
+
+if TYPE_CHECKING:
+    from conftest import FakeLauncher
+
+
+def recipe(**changes: Any) -> NumpyFedAvgRecipe:
+    values: dict[str, Any] = {
+        "name": "my job",
+        "model": [1.0],
+        "min_clients": 2,
+        "train_script": "client.py",
+        "seed": 5,
+    }
+    return NumpyFedAvgRecipe(**(values | changes))
+
+
+def test_execute_runs_in_a_folder_of_its_own(here: Path, launcher: FakeLauncher) -> None:
+    run = recipe().execute(SimEnv(num_clients=3, num_threads=2, gpu_config="0,1"))
+    [config] = launcher.configs
+    assert config.sites == ["site-1", "site-2", "site-3"]
+    assert (config.threads, config.gpu, config.seed) == (2, "0,1", 5)
+    assert config.workspace == here / "fedloom-workspace" / "my job"
+    assert (config.workspace / ".fedloom").is_file()
+    assert launcher.jobs[0].name == "my job"
+    assert (run.get_job_id(), run.get_status(), run.get_reason()) == ("job-1", "FINISHED:COMPLETED", "")
+    assert run.get_result() == config.workspace
+    assert run.wait(1) == "FINISHED:COMPLETED"
+    (config.workspace / "metrics.jsonl").write_text('{"round": 0}\n{"round": 1}\n')
+    assert run.metrics() == [{"round": 0}, {"round": 1}]
+    run.abort()
+
+
+def test_threads_are_left_to_the_launcher_and_are_never_more(here: Path, launcher: FakeLauncher) -> None:
+    recipe().execute(SimEnv(num_clients=3))
+    recipe().execute(SimEnv(num_clients=3, num_threads=60))
+    assert [config.threads for config in launcher.configs] == [None, 3]
+
+
+def test_named_clients_and_defaults(here: Path, launcher: FakeLauncher) -> None:
+    recipe().execute(SimEnv(clients=["a", "b"]))
+    recipe(min_clients=3).execute(SimEnv())
+    recipe(min_clients=1).execute(SimEnv())
+    assert [config.sites for config in launcher.configs] == [
+        ["a", "b"],
+        ["site-1", "site-2", "site-3"],
+        ["site-1", "site-2"],
+    ]
+
+
+def test_too_few_clients_is_said_at_once(here: Path, launcher: FakeLauncher) -> None:
+    with pytest.raises(JobError, match="min_clients=5 but the simulation has 3 clients"):
+        recipe(min_clients=5).execute(SimEnv(num_clients=3))
+    assert not launcher.configs
+    assert not (here / "fedloom-workspace").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"num_clients": -1}, "num_clients=-1"),
+        ({"num_threads": 0}, "num_threads=0"),
+        ({"clients": ["a", "a"]}, "names a client twice"),
+        ({"clients": ["a/b"]}, "site name"),
+        ({"clients": ["a"], "num_clients": 2}, "give one of the two"),
+    ],
+)
+def test_values_that_are_not_allowed(values: dict[str, Any], text: str) -> None:
+    with pytest.raises(JobError, match=text):
+        SimEnv(**values)
+
+
+class TestWorkspace:
+    def test_a_folder_of_the_users_is_left_alone(self, here: Path, launcher: FakeLauncher) -> None:
+        mine = here / "ws" / "my job"
+        mine.mkdir(parents=True)
+        (mine / "thesis.txt").write_text("keep")
+        with pytest.raises(JobError, match="files that fedloom did not make"):
+            recipe().execute(SimEnv(2, workspace_root="ws"))
+        assert (mine / "thesis.txt").read_text() == "keep"
+        assert not launcher.configs
+
+    def test_the_last_run_is_moved_away(self, here: Path, launcher: FakeLauncher) -> None:
+        for text in ("one", "two", "three"):
+            folder = recipe().execute(SimEnv(2, workspace_root="ws")).get_result()
+            assert not (folder / "model").exists()
+            (folder / "model").write_text(text)
+        assert (here / "ws" / "my job.previous" / "model").read_text() == "two"
+
+    def test_an_empty_folder_may_be_used(self, here: Path, launcher: FakeLauncher) -> None:
+        (here / "ws" / "my job").mkdir(parents=True)
+        recipe().execute(SimEnv(2, workspace_root=here / "ws"))
+        assert len(launcher.configs) == 1
+
+    def test_a_folder_in_use_is_refused(self, here: Path, launcher: FakeLauncher) -> None:
+        folder = recipe().execute(SimEnv(2, workspace_root="ws")).get_result()
+        code = (
+            "import fcntl, os, sys\nh = os.open(sys.argv[1], os.O_RDWR)\nfcntl.lockf(h, fcntl.LOCK_EX)\n"
+            "print('held', flush=True)\nsys.stdin.read()\n"
+        )
+        holder = subprocess.Popen(
+            [sys.executable, "-c", code, str(folder / ".fedloom")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with holder:
+            assert holder.stdout is not None
+            assert holder.stdin is not None
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(JobError, match="another simulation is running"):
+                recipe().execute(SimEnv(2, workspace_root="ws"))
+            holder.stdin.close()
+        recipe().execute(SimEnv(2, workspace_root="ws"))
+
+
+class TestFailures:
+    def test_a_sites_traceback_is_raised(self, here: Path, launcher: FakeLauncher) -> None:
+        launcher.status, launcher.reason = "FINISHED:FAILED", "round 0 has 1 of 2 results"
+        launcher.failures = (launcher.failure("site-2", "Traceback: ValueError: mine"),)
+        with pytest.raises(TaskError, match="site-2: Traceback: ValueError: mine") as caught:
+            recipe().execute(SimEnv(2))
+        notes = " ".join(caught.value.__notes__)
+        assert "round 0 has 1 of 2 results" in notes
+        assert str(here / "fedloom-workspace" / "my job") in notes
+        run = recipe().execute(SimEnv(2, check=False))
+        assert (run.get_status(), run.get_reason()) == ("FINISHED:FAILED", "round 0 has 1 of 2 results")
+
+    def test_other_ends(self, here: Path, launcher: FakeLauncher) -> None:
+        launcher.status, launcher.reason = "FINISHED:FAILED", "no site"
+        with pytest.raises(GatherError, match="no site"):
+            recipe().execute(SimEnv(2))
+        launcher.status, launcher.reason = "FINISHED:ABORTED", ""
+        with pytest.raises(FedloomError, match="was aborted"):
+            recipe().execute(SimEnv(2))
+
+
+def test_overrides_win(here: Path, launcher: FakeLauncher) -> None:
+    env = SimEnv(num_clients=2, num_threads=1, gpu_config="0", workspace_root="theirs")
+    overrides = Overrides(num_clients=4, num_threads=3, gpu_config="1", workspace_root=Path("mine"), seed=9)
+    with applied(overrides):
+        recipe().execute(env)
+    recipe().execute(env)
+    first, second = launcher.configs
+    assert (len(first.sites), first.threads, first.gpu, first.seed) == (4, 3, "1", 9)
+    assert first.workspace == here / "mine" / "my job"
+    assert (len(second.sites), second.threads, second.gpu, second.seed) == (2, 1, "0", 5)
+    assert second.workspace == here / "theirs" / "my job"
+    assert overrides.statuses == [("job-1", "FINISHED:COMPLETED")]
+    with applied(Overrides(clients=("a", "b", "c"))):
+        recipe().execute(SimEnv(num_clients=2))
+    assert launcher.configs[-1].sites == ["a", "b", "c"]
