@@ -1,7 +1,7 @@
 """The control process without its sockets: messages in, messages out, one journal transaction a turn in between.
 
-A turn is ``handle`` for each message, ``tick``, ``commit``, then what lies in the sessions' outboxes may be sent. Nothing
-that a turn has changed is said to anybody before its commit: answers wait in ``BrokerState.replies`` until then.
+A turn is ``handle`` for each message, ``tick``, ``commit``, then what lies in the sessions' outboxes may be sent.
+Nothing that a turn has changed is said to anybody before its commit: answers wait in ``BrokerState.replies``.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ log = structlog.get_logger(__name__)
 
 _STRIKES = 8
 _EXPIRE_S = 60.0
+_SCAN_S = 0.1
 _MAX_HELD = 100_000
 
 _EXECUTOR, _CONTROLLER, _JOB, _CLIENT = "executor", "controller", "job", "client"
@@ -111,7 +112,11 @@ class ControlCore:
         self.tasks = TaskDesk(self.state)
         self.jobs = JobDesk(self.state, self.streams, self.tasks.job_ended)
         self.payloads = PayloadDesk(self.state)
+        #: what may be sent beside the outboxes: to connections without a session, and to the data process
+        self.loose: list[tuple[bytes, Message, bytes]] = []
+        self.data_out: list[Message] = []
         self._expired_at = now
+        self._scanned_at = 0.0
         recover(self.state, now)
 
     # ------------------------------------------------------------ messages
@@ -279,10 +284,30 @@ class ControlCore:
         """Everything that time brings, then work for whoever has room."""
         state = self.state
         state.ledger.tick(now)
+        if now - self._scanned_at >= _SCAN_S:
+            self._scanned_at = now
+            self._scan(now)
+        self._settle_arrivals(now)
+        self.jobs.pump(now)
+        self.tasks.pump(now)
+        self._note(now)
+
+    def _scan(self, now: float) -> None:
+        """The sessions, for those that are dead or silent."""
+        state = self.state
         for session in state.sessions.dead(now):
             why = "outbox full" if session.overflowed else "silent"
             log.warning("session_dead", node=session.node, reason=why, silent_s=round(now - session.seen, 1))
             self.end_session(session, now, polite=False)
+        for session in state.sessions.to_probe(now):
+            state.reply(session, Pong())
+        if now - self._expired_at >= _EXPIRE_S:
+            self._expired_at = now
+            state.payloads.expire("submit", now - SUBMIT_KEEP_S)
+
+    def _settle_arrivals(self, now: float) -> None:
+        """Hellos that waited for a rival's death."""
+        state = self.state
         for peer, hello, _, tail, fault in state.sessions.settle_arrivals(now):
             if fault is not None:
                 state.fault(peer, fault, fatal=True)
@@ -291,14 +316,6 @@ class ControlCore:
                 self._hello(peer, hello, cast("bytes", tail), now)
             except FaultError as error:
                 state.fault(peer, error, fatal=True)
-        for session in state.sessions.to_probe(now):
-            state.reply(session, Pong())
-        if now - self._expired_at >= _EXPIRE_S:
-            self._expired_at = now
-            state.payloads.expire("submit", now - SUBMIT_KEEP_S)
-        self.jobs.pump(now)
-        self.tasks.pump(now)
-        self._note(now)
 
     def _note(self, now: float) -> None:
         """What the ledger brought about by itself and the job's record should have."""
@@ -332,7 +349,6 @@ class ControlCore:
             state.forget_small(payload)
             state.spool.delete(payload)
         state.payloads.doomed.clear()
-        self.loose: list[tuple[bytes, Message, bytes]] = []
         for to, message, tail in state.replies:
             if isinstance(to, Session):
                 if to.lost_at is None:
@@ -342,7 +358,7 @@ class ControlCore:
             else:
                 self.loose.append((to, message, tail))
         state.replies.clear()
-        self.data_out: list[Message] = list(state.data_replies)
+        self.data_out.extend(state.data_replies)
         state.data_replies.clear()
         self.streams.pump(state.sessions.by_id)
 

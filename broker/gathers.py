@@ -1,8 +1,8 @@
 """What a gather and its tasks are: ids, sampling, and the rule by which a gather closes. Pure data and functions.
 
-A task goes ``queued -> leased(attempt, owner, until) -> done | failed | cancelled | dead`` and back to ``queued`` when its
-attempt is lost; `ledger` moves it. Ids are hashes of what a thing is, so opening again after a restart finds what was
-recorded.
+A task goes ``queued -> leased(attempt, owner, until) -> done | failed | cancelled | dead`` and back to ``queued`` when
+its attempt is lost; `ledger` moves it. Ids are hashes of what a thing is, so opening again after a restart finds what
+was recorded.
 """
 
 from __future__ import annotations

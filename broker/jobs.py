@@ -1,6 +1,6 @@
 """The job table: submissions, claims, commits, statuses. Pure; times are arguments.
 
-A claim is the right of one job process to a job, an increasing integer: whatever comes with a lower one is fenced. A claim
+A claim is the right of one job process to a job, an increasing integer: whatever comes with a lower one is fenced. It
 lives while its job process's session does; before that process has said Hello, for ``start_s``.
 """
 

@@ -1,15 +1,15 @@
 """What the broker must not forget, in SQLite: one transaction a poll turn, before anything of it is acknowledged.
 
-WAL, one writer. ``durability="power"`` syncs each commit (an acknowledged result survives a power cut), ``"process"`` leaves
-that to the system (only the process can die, as in `sim`). Rows are the current state, not a log of events: `Journal.load`
-gives back ledger, jobs and payloads as they were at the last commit.
+WAL, one writer. ``durability="power"`` syncs each commit (an acknowledged result survives a power cut), ``"process"``
+leaves that to the system (only the process can die, as in `sim`). Rows are the current state, not a log of events:
+`Journal.load` gives back ledger, jobs and payloads as they were at the last commit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from ..serialization.errors import CodecError, StorageError
 from ..serialization.faultpoints import fault_point
 from ..serialization.messages import CommitRef, DoneItem, GatherId, JobId, PayloadRef, Site
 from . import rows
-from .gathers import Gather, Task
+from .gathers import Task
 from .jobs import Jobs
 from .ledger import Ledger, SiteState
 from .payloads import Hold, PayloadTable
@@ -39,7 +39,8 @@ CREATE TABLE tasks(gather TEXT, ordinal INTEGER, id TEXT NOT NULL, site TEXT NOT
     attempt INTEGER NOT NULL, owner TEXT NOT NULL, tries INTEGER NOT NULL, killed INTEGER NOT NULL, base TEXT NOT NULL,
     code TEXT NOT NULL, text TEXT NOT NULL, PRIMARY KEY(gather, ordinal)) WITHOUT ROWID;
 CREATE TABLE results(gather TEXT, idx INTEGER, item BLOB NOT NULL, inline BLOB, partial BLOB, PRIMARY KEY(gather, idx));
-CREATE TABLE payloads(id TEXT PRIMARY KEY, size INTEGER NOT NULL, digest TEXT NOT NULL, type TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE payloads(id TEXT PRIMARY KEY, size INTEGER NOT NULL, digest TEXT NOT NULL, type TEXT NOT NULL)
+    WITHOUT ROWID;
 CREATE TABLE holds(payload TEXT, holder TEXT, at REAL NOT NULL, PRIMARY KEY(payload, holder)) WITHOUT ROWID;
 CREATE TABLE sites(job TEXT, site TEXT, version TEXT NOT NULL, settled INTEGER NOT NULL, last TEXT NOT NULL,
     PRIMARY KEY(job, site)) WITHOUT ROWID;
@@ -114,7 +115,7 @@ class Journal:
         self._db.close()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self) -> Generator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -142,6 +143,7 @@ class Journal:
         events, records = list(events), list(records)
         changed = (
             ledger.dirty_tasks or ledger.dirty_gathers or ledger.dirty_sites or ledger.fresh or ledger.released
+            or ledger.rewrites
             or jobs.dirty or payloads.ops or events or records
         )  # fmt: skip
         if not changed:
@@ -156,7 +158,14 @@ class Journal:
         except sqlite3.Error as error:
             raise StorageError(f"journal {self.path}: {error}: is the disk full?") from error
         fault_point("journal.after_commit")
-        for changes in (ledger.dirty_tasks, ledger.dirty_gathers, ledger.dirty_sites, ledger.fresh, ledger.released):
+        for changes in (
+            ledger.dirty_tasks,
+            ledger.dirty_gathers,
+            ledger.dirty_sites,
+            ledger.fresh,
+            ledger.released,
+            ledger.rewrites,
+        ):
             changes.clear()
         jobs.dirty.clear()
         payloads.ops.clear()
@@ -173,8 +182,6 @@ class Journal:
                     self._db.execute("INSERT OR REPLACE INTO holds VALUES(?,?,?)", (id_, holder, at))
                 case _, Hold(payload=id_, holder=holder):
                     self._db.execute("DELETE FROM holds WHERE payload=? AND holder=?", (id_, holder))
-                case _:
-                    raise AssertionError(op)
 
     def _save_jobs(self, jobs: Jobs, records: Iterable[tuple[JobId, int, CommitRef]]) -> None:
         for job in jobs.dirty.values():
@@ -216,6 +223,8 @@ class Journal:
                 for t in ledger.dirty_tasks.values()
             ],
         )
+        for gid, kept in ledger.rewrites:
+            self._rewrite_results(gid, kept)
         self._db.executemany(
             "INSERT OR REPLACE INTO results VALUES(?,?,?,?,?)", [rows.result_row(fresh) for fresh in ledger.fresh]
         )
@@ -242,20 +251,14 @@ class Journal:
                 (job, job, keep),
             )
 
-    def rewrite_results(self, gather: Gather, kept: Iterable[int]) -> None:
+    def _rewrite_results(self, gather: GatherId, kept: Iterable[int]) -> None:
         """After a loss: keep only these of a gather's results, numbered anew from 0."""
-        with self._transaction():
-            found = [
-                row
-                for index in kept
-                if (row := self._db.execute(
-                    "SELECT item, inline, partial FROM results WHERE gather=? AND idx=?", (gather.id, index)
-                ).fetchone())
-            ]  # fmt: skip
-            self._db.execute("DELETE FROM results WHERE gather=?", (gather.id,))
-            self._db.executemany(
-                "INSERT INTO results VALUES(?,?,?,?,?)", [(gather.id, new, *row) for new, row in enumerate(found)]
-            )
+        query = "SELECT item, inline, partial FROM results WHERE gather=? AND idx=?"
+        found = [self._db.execute(query, (gather, index)).fetchone() for index in kept]
+        self._db.execute("DELETE FROM results WHERE gather=?", (gather,))
+        self._db.executemany(
+            "INSERT INTO results VALUES(?,?,?,?,?)", [(gather, new, *row) for new, row in enumerate(found)]
+        )
 
     # ------------------------------------------------------------ reading
 

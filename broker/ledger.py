@@ -1,8 +1,8 @@
 """The task machine: who works on what, under which lease, and what happens when they vanish. Pure; times are arguments.
 
 Only the current attempt may settle a task. A lease that has ended but was not given on is still current, so a returning
-owner takes it up again in its Hello. `settle` takes results in; `gathers` holds the data and the rule of closing. What has
-changed is noted in ``dirty_*`` and ``fresh``, which the journal empties once a turn.
+owner takes it up again in its Hello. `settle` takes results in; `gathers` holds the data and the rule of closing. What
+has changed is noted in ``dirty_*`` and ``fresh``, which the journal empties once a turn.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ class Ledger:
         self.dirty_gathers: dict[GatherId, Gather] = {}
         self.dirty_sites: set[tuple[JobId, Site]] = set()
         self.released: list[GatherId] = []
+        #: gathers that lost results on the disk, and which they keep
+        self.rewrites: list[tuple[GatherId, list[int]]] = []
         self.started_at = 0.0
         self._random = random.Random(seed)
         self._unended: defaultdict[Site, set[TaskId]] = defaultdict(set)
@@ -133,7 +135,7 @@ class Ledger:
             self._timer(when, "gather", gid)
         if gather.sites_known:
             chosen = choose_sites(sites, message.sample, message.seed, message.round, message.step)
-            self._start(gather, list(sites) if len(chosen) == len(sites) else chosen, now)
+            self._start(gather, gather.requested if len(chosen) == len(sites) else chosen, now)
         else:
             self._try_start(gather, now)
         return gather
@@ -481,6 +483,7 @@ class Ledger:
         Whoever has folded some of them must start over, see `open`.
         """
         lost = [gather.results[index] for index in sorted(gone)]
+        self.rewrites.append((gather.id, [index for index in range(len(gather.results)) if index not in gone]))
         gather.results = [r for index, r in enumerate(gather.results) if index not in gone]
         for name in {r.partial for r in lost if r.partial}:
             del gather.partials[name]

@@ -198,7 +198,11 @@ class Link:
             return answer.payload or ref
         with Source(source) as opened:
             upload = Upload(replace(put, stream=secrets.token_hex(16)), opened, self.local)
-            return self._run_stream(upload, timeout_s, f"upload of {ref.id}") or ref
+            stored = self._run_stream(upload, timeout_s, f"upload of {ref.id}") or ref
+        if self.local is None:
+            sent, resumed = upload.chunks_sent, upload.resumed_at
+            log.info("uploaded", payload=ref.id, size=ref.size, chunks_sent=sent, resumed_at=resumed)
+        return stored
 
     def put_local(self, ref: PayloadRef, name: str, *, timeout_s: float = 600.0, **owner: Any) -> PayloadRef:
         """Hand over a finished file that was written as ``local.incoming_path(name)``.

@@ -17,6 +17,7 @@ from typing import Any
 from ..serialization.digest import Digester
 from ..serialization.envelope import Buffer
 from ..serialization.errors import FaultError, PayloadError
+from ..serialization.faultpoints import fault_point
 from ..serialization.messages import (
     Abort,
     Chunk,
@@ -90,6 +91,9 @@ class Upload:
         self.done = threading.Event()
         self.error: Exception | None = None
         self.stored: PayloadRef | None = None
+        #: chunks sent by this process, and the chunk at which it went on with what an earlier one had sent
+        self.chunks_sent = 0
+        self.resumed_at = 0
         self._sender: Sender | None = None
         self._chunk_bytes = 0
         self._asked_at = float("-inf")
@@ -120,8 +124,10 @@ class Upload:
             index = self._sender.next_chunk(now)
             if index is None:
                 break
+            fault_point("link.before_chunk")
             start, stop = self._sender.plan.span(index)
             data = self.source.read(start, stop)
+            self.chunks_sent += 1
             yield encode(Chunk(self.stream, index, len(data), zlib.crc32(data)), data)
         if self._sender.sent_all and not self._finished:
             self._finished = True
@@ -145,6 +151,7 @@ class Upload:
                 if self._sender is None or self._chunk_bytes != welcome_chunk:
                     self._chunk_bytes = welcome_chunk
                     self._sender = Sender(ChunkPlan(self.put.payload.size, welcome_chunk))
+                    self.resumed_at = message.next
                 self._answered = True
                 before = self._sender.cursor
                 self._sender.on_grant(message.epoch, message.next, message.limit, now)

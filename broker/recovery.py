@@ -16,8 +16,8 @@ log = structlog.get_logger(__name__)
 def recover(state: BrokerState, now: float) -> None:
     """Fill the empty tables from the journal.
 
-    A result whose payload is gone is queued again; a gather whose own payload is gone waits until its controller puts it
-    again; a job whose committed model or archive is gone fails, since nothing can bring it back.
+    A result whose payload is gone is queued again; a gather whose own payload is gone waits until its controller puts
+    it again; a job whose committed model or archive is gone fails, since nothing can bring it back.
 
     Raises:
         StorageError: the journal cannot be read.
@@ -67,7 +67,6 @@ def _heal(state: BrokerState, gather: Gather, lost: set[PayloadId], now: float) 
     if gone:
         if checkpoint_lost:
             gather.checkpoint, gather.covered = None, 0
-        state.journal.rewrite_results(gather, [i for i in range(len(gather.results)) if i not in gone])
         state.ledger.lose_results(gather, gone, now)
         log.error("results_lost", gather=gather.id, results=len(gone))
 

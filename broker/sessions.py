@@ -1,8 +1,8 @@
 """Who is connected: sessions, heartbeats, name and site conflicts, bounded outboxes. Pure; times are arguments.
 
-A session belongs to a node and one boot of it. The same boot again is a reconnect and keeps its session; another boot of a
-live node, or of a site that a live executor serves, is refused until the first is dead. A peer is a routing id, good only
-for sending: never an identity.
+A session belongs to a node and one boot of it. The same boot again is a reconnect and keeps its session; another boot
+of a live node, or of a site that a live executor serves, is refused until the first is dead. A peer is a routing id,
+good only for sending: never an identity.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Session:
     outbox: deque[Outgoing] = field(default_factory=deque[Outgoing])
     outbox_bytes: int = 0
     sequence: int = 0
+    ready: set[str] = field(default_factory=set[str])  # shared by all sessions: whose outboxes hold something
 
     @property
     def node(self) -> str:
@@ -75,6 +76,7 @@ class Session:
             return
         self.outbox.append((message, tail))
         self.outbox_bytes += len(tail) + 512
+        self.ready.add(self.id)
 
     def pop(self) -> Outgoing:
         """The next message to send."""
@@ -121,6 +123,7 @@ class Sessions:
         self.by_node: dict[str, Session] = {}
         self.by_peer: dict[bytes, Session] = {}
         self.by_site: dict[str, Session] = {}
+        self.ready: set[str] = set()
         self._waiting: dict[bytes, _Waiting] = {}
 
     # ------------------------------------------------------------ arrivals
@@ -150,7 +153,7 @@ class Sessions:
             raise FaultError("too_many", f"{self.timing.max_sessions} sessions are open (max_sessions): try later")
         for session in rivals:
             self.end(session)
-        session = Session(secrets.token_hex(16), hello, names, peer, now, self.timing)
+        session = Session(secrets.token_hex(16), hello, names, peer, now, self.timing, ready=self.ready)
         self.by_id[session.id] = session
         self.by_node[hello.node] = session
         self._attach(session, peer)

@@ -140,7 +140,7 @@ def _settle_partial(
     now: float,
     out: Settlement,
 ) -> None:
-    """All or nothing: one conflict refuses the whole partial, and what the executor still owns of it is queued again."""
+    """All or nothing: one conflict refuses the whole partial; what the executor still owns of it is queued again."""
     refs = [TaskRef(item.task, item.attempt) for item in done.items]
     known = gather.partials.get(partial.id)
     if known is not None:

@@ -3,8 +3,8 @@
 What bites, and what is done about it: a ROUTER drops silently at its high-water mark (MANDATORY, and every send is
 DONTWAIT); a DEALER queues to endpoints that do not exist (IMMEDIATE); a stopped peer goes unnoticed (ZMTP heartbeats);
 LINGER defaults to for ever (0); all peers reconnect at once after a restart (random intervals); routing ids can be
-guessed and repeat (no IDENTITY, no HANDOVER). Sockets belong to one thread and do not survive a fork: make the context in
-the process that uses it.
+guessed and repeat (no IDENTITY, no HANDOVER). Sockets belong to one thread and do not survive a fork: make the context
+in the process that uses it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def make_socket(
         sock.set(zmq.BACKLOG, 4096)
     else:
         sock.set(zmq.IMMEDIATE, 1)
-        # the data process finds its control at once; peers come back with jitter, and user code may have seeded `random`
+        # the data process finds its control at once; peers come back with jitter (user code may have seeded `random`)
         sock.set(zmq.RECONNECT_IVL, 50 if link == "internal" else random.SystemRandom().randint(*_RECONNECT_MS))
         sock.set(zmq.RECONNECT_IVL_MAX, 500 if link == "internal" else _RECONNECT_MAX_MS)
     return sock

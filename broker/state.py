@@ -125,7 +125,7 @@ class BrokerState:
                 raise FaultError("unknown_payload", f"payload {ref.id} of {ref.size} bytes is not here: put it first")
 
     def small(self, ref: PayloadRef) -> bytes | None:
-        """The bytes of a payload that fits inline, from a small cache or the spool; None where it does not or is gone."""
+        """The bytes of a payload that fits inline, from a small cache or the spool; None where it is larger or gone."""
         if ref.size > INLINE_BYTES:
             return None
         if ref.id in self._small:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,7 +25,14 @@ def script_folders() -> list[Path]:
     main = getattr(sys.modules.get("__main__"), "__file__", None)
     here = Path.cwd()
     beside = Path(main).resolve().parent if isinstance(main, str) and Path(main).is_file() else here
-    return [beside] if beside == here else [beside, here]
+    if beside == here or is_installed(beside):  # a debugger, a test runner or a server is what runs
+        return [here]
+    return [beside, here]
+
+
+def is_installed(folder: Path) -> bool:
+    """Whether a folder is Python's own or that of installed packages or commands."""
+    return any(folder.is_relative_to(Path(path).resolve()) for path in set(sysconfig.get_paths().values()))
 
 
 def local_code(scripts: Iterable[Path], roots: Iterable[Path]) -> dict[str, Path]:

@@ -86,7 +86,7 @@ class SimEnv(Env):
         options = self.options.overridden(by)
         result = simulate(options, job=job)
         if by is not None:
-            by.statuses.append((result.job_id, result.status))
+            by.runs.append(overrides.Outcome(result.job_id, result.status, str(result.result_dir)))
         if self.check:
             raise_failure(result)
         return Run(result.job_id, SimBackend(result))
@@ -150,7 +150,7 @@ class ProdEnv(Env):
             with self.open() as client:
                 job_id = client.submit(folder)
         if by is not None:
-            by.statuses.append((job_id, "SUBMITTED"))
+            by.runs.append(overrides.Outcome(job_id, "SUBMITTED"))
         return self.attach(job_id)
 
     def attach(self, job_id: str) -> Run:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..serialization.errors import JobError
 from .base import Recipe, torch_params
+from .code import is_installed
 from .job import Job
 from .options import (
     AggregationOptions,
@@ -302,6 +303,6 @@ def _sources(modules: set[str]) -> list[Path]:
         if not isinstance(file, str) or not file.endswith(".py"):
             continue
         path = Path(file).resolve()
-        if "." not in name and not {"site-packages", "dist-packages"}.intersection(path.parts):
+        if "." not in name and not is_installed(path.parent):
             out.append(path)
-    return [path for path in out if not path.is_relative_to(Path(inspect.__file__).resolve().parent)]
+    return out

@@ -135,6 +135,7 @@ class Job:
         Raises:
             JobError: something else is there, or a part of the job is not allowed.
         """
+        from ..serialization.errors import PayloadError
         from ..serialization.model import FLModel
         from ..serialization.payload import encode_model
 
@@ -149,8 +150,12 @@ class Job:
                 shutil.rmtree(folder)
         spec.write(folder)
         if self.params is not None:
+            try:
+                encoded = encode_model(FLModel(params=dict(self.params)))
+            except (PayloadError, TypeError, ValueError) as error:
+                raise JobError(f"the initial model cannot be written: {error}") from None
             with (spec.app_dir(folder) / INITIAL_MODEL).open("wb") as file:
-                encode_model(FLModel(params=dict(self.params))).write_to(file)
+                encoded.write_to(file)
         custom = spec.custom_dir(folder)
         for name, path in self.files.items():
             place = custom / name

@@ -8,9 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one run: its status, and the result folder where there is one."""
+
+    job_id: str
+    status: str
+    path: str | None = None
+
+
 @dataclass(slots=True)
 class Overrides:
-    """Options of the command line; None leaves the script's own. ``statuses`` gathers the ends of the runs."""
+    """Options of the command line; None leaves the script's own. ``runs`` gathers what came of the script's runs."""
 
     num_clients: int | None = None
     clients: tuple[str, ...] | None = None
@@ -22,7 +31,7 @@ class Overrides:
     log_level: str | None = None
     log_json: bool | None = None
     show_progress: bool | None = None
-    statuses: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])  # (job id, status)
+    runs: list[Outcome] = field(default_factory=list[Outcome])
 
 
 _active: Overrides | None = None

@@ -25,7 +25,7 @@ from ..serialization.errors import FaultError, JobError, StorageError
 from ..serialization.jobspec import check_site_name
 from ..serialization.messages import PayloadRef
 from .client import JobInfo
-from .workspace import is_ours, mark
+from .workspace import claim_folder, is_ours, mark
 
 MODEL_FILE = "model.safetensors"
 BEST_MODEL_FILE = "best_model.safetensors"
@@ -57,6 +57,8 @@ def write_results(source: ResultSource, job_id: str, dest: Path, *, logs: bool =
         raise JobError(f"{dest} holds files that fedloom did not make: name an empty or new folder")
     info = source.info(job_id)
     records = source.rounds(job_id)
+    if logs and _job_of(dest) not in ("", info.job_id):
+        claim_folder(dest, "results")  # those of another job: not to be mixed with these
     mark(dest, "results")
     try:
         _write_model(source, info.model, dest / MODEL_FILE)
@@ -104,6 +106,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records in a result folder's metrics.jsonl."""
     file = folder / METRICS_FILE
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+
+
+def _job_of(folder: Path) -> str:
+    """The job whose results lie in a folder, or ""."""
+    try:
+        return str(json.loads((folder / SUMMARY_FILE).read_text("utf-8"))["job_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _write_model(source: ResultSource, ref: PayloadRef | None, path: Path) -> None:

@@ -14,7 +14,7 @@ from ..serialization.jobspec import JobSpec, check_site_name
 from . import overrides
 from .options import whole
 from .run import ABORTED, COMPLETED
-from .workspace import run_folder
+from .workspace import previous, run_folder
 
 if TYPE_CHECKING:
     from ..sim.launcher import SimResult
@@ -116,7 +116,10 @@ def simulate(options: SimOptions, *, job: Job | None = None, folder: Path | None
     threads = None if options.num_threads is None else min(len(sites), options.num_threads)
     from ..sim.launcher import SimConfig, run_simulation  # only now: it is slow, and what is wrong is said above
 
-    with run_folder(options.workspace_for(spec.name)) as workspace:
+    place = options.workspace_for(spec.name)
+    if folder is not None and (inner := folder.expanduser().resolve()).is_relative_to(place):
+        folder = previous(place) / inner.relative_to(place)  # the last run's own job: it moves away with it
+    with run_folder(place) as workspace:
         source = workspace / "job"
         if job is not None:
             job.export(source)

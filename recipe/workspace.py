@@ -55,16 +55,21 @@ def claim_folder(folder: Path, what: str) -> Path:
     return folder
 
 
+def previous(folder: Path) -> Path:
+    """Where what was in a folder before lies now."""
+    return folder.with_name(folder.name + ".previous")
+
+
 def _move_away(folder: Path, what: str) -> None:
-    previous = folder.with_name(folder.name + ".previous")
-    if previous.exists():
-        if not is_ours(previous):
-            raise JobError(f"{previous} is in the way of the last {what} and was not made by fedloom: move it")
-        shutil.rmtree(previous, ignore_errors=True)
+    old = previous(folder)
+    if old.exists():
+        if not is_ours(old):
+            raise JobError(f"{old} is in the way of the last {what} and was not made by fedloom: move it")
+        shutil.rmtree(old, ignore_errors=True)
     try:
-        folder.rename(previous)
+        folder.rename(old)
     except OSError as error:
-        raise StorageError(f"{folder} cannot be moved to {previous.name}: {error.strerror or error}") from None
+        raise StorageError(f"{folder} cannot be moved to {old.name}: {error.strerror or error}") from None
 
 
 @contextmanager

@@ -237,12 +237,13 @@ class Feeder:
             self.position += raw.size
             self._applied = self.position
         elif self._carried:
-            self._fill_carry(segment, raw[: self._block_end(segment) - self.position])
+            raw = raw[: self._block_end(segment) - self.position]
+            self._fill_carry(segment, raw)
         else:
             size = BLOCK * segment.itemsize
             whole = raw.size if raw.size == left else raw.size // size * size
-            raw = raw[:whole] if whole else raw
             if whole:
+                raw = raw[:whole]
                 self._apply(segment, raw)
                 self.position += whole
             else:

@@ -253,7 +253,7 @@ def _check_name(name: str) -> None:
         raise HeaderError(f"tensor name of {len(name)} characters; 1 to {MAX_NAME} are allowed: {show(name)}")
     if not name.isprintable():
         raise HeaderError(f"tensor name {show(name)}; only printable characters are allowed")
-    if name == METADATA or ".." in name.replace("\\", "/").split("/"):
+    if name == METADATA or (".." in name and ".." in name.replace("\\", "/").split("/")):
         raise HeaderError(f"tensor name {show(name)} is not allowed")
 
 

@@ -128,7 +128,7 @@ class IntSum:
         check_limbs(lowest, limbs)
         if not limbs:
             return
-        self._reserve(lowest, lowest + len(limbs) - 1)
+        self._reserve(lowest, lowest + len(limbs))
         if self._pending >= _MAX_PENDING:
             self._carry()
         self._pending += 1

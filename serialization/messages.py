@@ -9,63 +9,98 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, NewType
+from typing import Annotated, Any, ClassVar, Literal
 
 from .codec import Limit, decode_fields, encode_fields, pack, show, unpack
 from .envelope import MAX_BODY_BYTES, MAX_TAIL_BYTES, Buffer, check_frames, pack_envelope, unpack_envelope
 from .errors import CodecError
+from .jobmessages import Answer, Ask, Checkpoint, Claimed, ClaimJob, Commit, CommitRef, EndJob, Event, SubmitJob
+from .payloadmessages import Abort, Chunk, Finish, Get, Grant, Put, Refusal, Stored
+from .vocabulary import (
+    INLINE_BYTES,
+    INLINE_TOTAL_BYTES,
+    NO_JOB,
+    Count,
+    GatherId,
+    GatherKey,
+    JobId,
+    JobKey,
+    Name,
+    PayloadId,
+    PayloadRef,
+    Role,
+    Seconds,
+    Short,
+    Site,
+    SiteKey,
+    TaskId,
+    TaskKey,
+    TaskRef,
+    Text,
+)
 
-JobId = NewType("JobId", str)
-Site = NewType("Site", str)
-TaskId = NewType("TaskId", str)
-GatherId = NewType("GatherId", str)
-PayloadId = NewType("PayloadId", str)
-
-#: Results and models up to this size ride in the tail of a control message.
-INLINE_BYTES = 32 * 1024
-#: One message's inline results together.
-INLINE_TOTAL_BYTES = 256 * 1024
+__all__ = [
+    "Abort",
+    "Accept",
+    "Answer",
+    "Ask",
+    "Assign",
+    "AssignItem",
+    "Bye",
+    "Cancel",
+    "Checkpoint",
+    "Chunk",
+    "ClaimJob",
+    "Claimed",
+    "CloseGather",
+    "CloseRule",
+    "Commit",
+    "CommitRef",
+    "Count",
+    "Decline",
+    "Done",
+    "DoneItem",
+    "EndJob",
+    "Event",
+    "Fail",
+    "Failure",
+    "Fault",
+    "Finish",
+    "GatherId",
+    "Get",
+    "Grant",
+    "Hello",
+    "INLINE_BYTES",
+    "INLINE_TOTAL_BYTES",
+    "JobId",
+    "KINDS",
+    "Message",
+    "Name",
+    "OpenGather",
+    "Packet",
+    "PayloadId",
+    "PayloadRef",
+    "Ping",
+    "Pong",
+    "Progress",
+    "Put",
+    "Receipt",
+    "Refusal",
+    "Role",
+    "Seconds",
+    "Short",
+    "Site",
+    "Stored",
+    "SubmitJob",
+    "TaskId",
+    "TaskRef",
+    "Text",
+    "Welcome",
+    "decode",
+    "encode",
+]
 
 _STREAM_BYTES = 16
-
-Name = Annotated[str, Limit(max_len=256)]
-Short = Annotated[str, Limit(max_len=1024)]
-Text = Annotated[str, Limit(max_len=16 * 1024)]
-Count = Annotated[int, Limit(low=0, high=2**53)]
-Seconds = Annotated[float, Limit(low=0, high=10 * 365 * 86400)]
-# Ids become the names of files and folders on the other side: none of them may lead elsewhere.
-_FILE = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-_OPTIONAL_FILE = f"(?:{_FILE})?"
-_OPTIONAL_FOLDER = r"(?:[^\x00-\x1f\x7f/\\.][^\x00-\x1f\x7f/\\]*)?"
-_Job = Annotated[JobId, Limit(max_len=256, pattern=_OPTIONAL_FOLDER)]
-_SiteName = Annotated[Site, Limit(max_len=256, pattern=_OPTIONAL_FOLDER)]
-_Task = Annotated[TaskId, Limit(max_len=64, pattern=_OPTIONAL_FILE)]
-_Gather = Annotated[GatherId, Limit(max_len=64, pattern=_OPTIONAL_FILE)]
-_Payload = Annotated[PayloadId, Limit(max_len=128, pattern=_FILE)]
-_Stream = Annotated[str, Limit(max_len=32, pattern="(?:[0-9a-f]{32})?")]
-Role = Literal["executor", "controller", "job", "client"]
-
-
-@dataclass(frozen=True, slots=True)
-class TaskRef:
-    """One attempt at one task; the attempt is the fencing token."""
-
-    task: _Task
-    attempt: Annotated[int, Limit(low=1, high=2**31)]
-
-
-@dataclass(frozen=True, slots=True)
-class PayloadRef:
-    """Immutable bytes known by id, size and digest.
-
-    ``digest`` is the hex BLAKE3 root over 4 MiB blocks, or "" where `integrity = "size"` holds or it is not known yet.
-    """
-
-    id: _Payload
-    size: Count
-    digest: Annotated[str, Limit(max_len=64)] = ""
-    type: Literal["tensors", "blob"] = "tensors"
-
 
 # ---------------------------------------------------------------- session
 
@@ -82,7 +117,7 @@ class Hello:
     session: Annotated[str, Limit(max_len=64)] = ""  # data link only: the session that Welcome gave
     capacity: Annotated[int, Limit(low=0, high=1_000_000)] = 0
     pool: Name = ""
-    job: _Job = JobId("")
+    job: JobKey = NO_JOB
     claim: Count = 0
     features: Annotated[tuple[Name, ...], Limit(max_len=64)] = ()
 
@@ -152,7 +187,7 @@ class OpenGather:
 
     KIND: ClassVar[int] = 10
     ref: Count
-    job: _Job
+    job: JobKey
     claim: Count
     round: Count
     step: Count
@@ -176,17 +211,17 @@ class CloseGather:
 
     KIND: ClassVar[int] = 11
     ref: Count
-    job: _Job
+    job: JobKey
     claim: Count
-    gather: _Gather
+    gather: GatherKey
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A task that ended without a result."""
 
-    task: _Task
-    site: _SiteName
+    task: TaskKey
+    site: SiteKey
     code: Name
     text: Text = ""
 
@@ -197,8 +232,8 @@ class Receipt:
 
     KIND: ClassVar[int] = 12
     ref: Count
-    job: _Job
-    gather: _Gather
+    job: JobKey
+    gather: GatherKey
     state: Literal["waiting", "open", "closed", "failed"]  # waiting: for min_clients sites to connect
     tasks: Count = 0
     results: Count = 0  # closed: exactly so many, numbered 0 to results - 1, are the round's
@@ -210,9 +245,9 @@ class Receipt:
 class AssignItem:
     """One task of an Assign."""
 
-    task: _Task
+    task: TaskKey
     attempt: Annotated[int, Limit(low=1, high=2**31)]
-    site: _SiteName
+    site: SiteKey
     state: Annotated[str, Limit(max_len=128)] = ""  # the site-state version to start from; "" where there is none yet
     settled: Count = 0  # how many tasks of this job the site has settled before
 
@@ -222,8 +257,8 @@ class Assign:
     """broker -> executor: tasks that share one specification. Tail: the payload's bytes where they fit inline."""
 
     KIND: ClassVar[int] = 13
-    job: _Job
-    gather: _Gather
+    job: JobKey
+    gather: GatherKey
     round: Count
     step: Count
     name: Name
@@ -260,7 +295,7 @@ class Progress:
     """executor -> broker: a task's own word that it moves, shown to whoever watches."""
 
     KIND: ClassVar[int] = 16
-    task: _Task
+    task: TaskKey
     attempt: Annotated[int, Limit(low=1, high=2**31)]
     done: float = 0.0
     note: Short = ""
@@ -270,9 +305,9 @@ class Progress:
 class DoneItem:
     """One finished attempt. A result of a partial has neither payload nor inline bytes."""
 
-    task: _Task
+    task: TaskKey
     attempt: Annotated[int, Limit(low=1, high=2**31)]
-    site: _SiteName
+    site: SiteKey
     payload: PayloadRef | None = None
     inline_bytes: Annotated[int, Limit(low=0, high=INLINE_BYTES)] = 0  # this many bytes of the tail, in order
     meta: dict[str, Any] = field(default_factory=dict)  # FLModel's plain side: params_type, metrics, meta, rounds
@@ -290,8 +325,8 @@ class Done:
     """
 
     KIND: ClassVar[int] = 17
-    job: _Job
-    gather: _Gather
+    job: JobKey
+    gather: GatherKey
     items: Annotated[tuple[DoneItem, ...], Limit(max_len=512)]
     partial: PayloadRef | None = None
     partial_inline_bytes: Annotated[int, Limit(low=0, high=INLINE_TOTAL_BYTES)] = 0
@@ -302,7 +337,7 @@ class Fail:
     """executor -> broker: the attempt failed. Not retryable: the task's end (user code raised)."""
 
     KIND: ClassVar[int] = 18
-    task: _Task
+    task: TaskKey
     attempt: Annotated[int, Limit(low=1, high=2**31)]
     code: Name
     text: Text = ""
@@ -315,246 +350,13 @@ class Cancel:
     """broker -> executor: stop these attempts, or with no tasks everything of the job."""
 
     KIND: ClassVar[int] = 19
-    job: _Job
+    job: JobKey
     tasks: Annotated[tuple[TaskRef, ...], Limit(max_len=512)] = ()
     reason: Short = ""
     ended: bool = False  # the job is over: its scripts may stop and its files may go
 
 
-# ---------------------------------------------------------------- payloads
-
-
-@dataclass(frozen=True, slots=True)
-class Put:
-    """peer -> broker: a payload comes. Repeated after a reconnect; answered with a Grant at the watermark, or Stored.
-
-    On the data link for chunks (``stream`` is 32 hex digits) or, with ``local``, for a finished file of that name in
-    the spool's ``incoming`` folder. On the control link with the whole payload as tail.
-    """
-
-    KIND: ClassVar[int] = 30
-    payload: PayloadRef
-    stream: _Stream = ""
-    job: _Job = JobId("")
-    claim: Count = 0
-    task: _Task = TaskId("")  # a result or state of this attempt
-    attempt: Annotated[int, Limit(low=0, high=2**31)] = 0
-    local: Annotated[str, Limit(max_len=256, pattern=_OPTIONAL_FILE)] = ""
-    ref: Count = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Get:
-    """peer -> broker, data link: send this payload as chunks under the stream's grants, from chunk ``next``."""
-
-    KIND: ClassVar[int] = 31
-    stream: _Stream
-    payload: _Payload
-    next: Count
-    limit: Count
-    ref: Count = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """receiver -> sender: everything before ``next`` is here, chunks below ``limit`` may be sent.
-
-    Absolute; the newest epoch wins.
-    """
-
-    KIND: ClassVar[int] = 32
-    STRUCT: ClassVar[struct.Struct] = struct.Struct(">16sIQQ")
-    stream: str
-    epoch: int
-    next: int
-    limit: int
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """sender -> receiver. Tail: the chunk's bytes, whose crc32 this carries."""
-
-    KIND: ClassVar[int] = 33
-    STRUCT: ClassVar[struct.Struct] = struct.Struct(">16sQII")
-    stream: str
-    index: int
-    length: int
-    crc32: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """sender -> receiver: that was all; the payload's digest."""
-
-    KIND: ClassVar[int] = 34
-    stream: _Stream
-    digest: Annotated[str, Limit(max_len=64)] = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """An attempt whose result was not accepted, and why."""
-
-    task: _Task
-    attempt: Annotated[int, Limit(low=1, high=2**31)]
-    code: Name  # stale, late, closed, duplicate, conflict, unknown, lost_payload
-    reason: Short = ""
-    requeued: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """broker -> peer: committed. Of a payload (``stream`` or ``ref`` names the Put) or of the results of a Done."""
-
-    KIND: ClassVar[int] = 35
-    stream: _Stream = ""
-    ref: Count = 0
-    payload: PayloadRef | None = None
-    tasks: Annotated[tuple[TaskRef, ...], Limit(max_len=512)] = ()
-    refused: Annotated[tuple[Refusal, ...], Limit(max_len=512)] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    """Either side: this stream ends. ``retry_after_s`` > 0: worth another try."""
-
-    KIND: ClassVar[int] = 36
-    stream: _Stream
-    code: Name
-    reason: Short = ""
-    retry_after_s: Seconds = 0.0
-
-
-# ---------------------------------------------------------------- jobs
-
-
-@dataclass(frozen=True, slots=True)
-class SubmitJob:
-    """client -> broker: a job whose archive is stored. Answered by Answer {"job_id"}.
-
-    ``token`` makes repeats harmless.
-    """
-
-    KIND: ClassVar[int] = 50
-    ref: Count
-    token: Annotated[str, Limit(max_len=64)]
-    name: Name
-    archive: PayloadRef
-    job: _Job = JobId("")  # wanted id; "" lets the broker choose
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimJob:
-    """controller -> broker: give me a job; or with ``job`` and ``lost``: its process died, give it out again."""
-
-    KIND: ClassVar[int] = 51
-    ref: Count
-    job: _Job = JobId("")
-    claim: Count = 0
-    lost: Text = ""
-
-
-@dataclass(frozen=True, slots=True)
-class CommitRef:
-    """The last commit of a job, and the checkpoints behind it."""
-
-    round: Count
-    model: PayloadRef | None = None
-    state: PayloadRef | None = None
-    best: PayloadRef | None = None
-    record: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Claimed:
-    """broker -> controller or job: the job is yours under this claim."""
-
-    KIND: ClassVar[int] = 52
-    ref: Count
-    job: _Job
-    claim: Count
-    name: Name = ""
-    archive: PayloadRef | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
-    commit: CommitRef | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """job -> broker: an open gather's aggregate made durable.
-
-    Covers its results 0 to ``covered`` - 1, whose payloads go.
-    """
-
-    KIND: ClassVar[int] = 53
-    ref: Count
-    job: _Job
-    claim: Count
-    gather: _Gather
-    payload: PayloadRef
-    covered: Count
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """job -> broker: the round is durable; model, state, record and round number become visible together."""
-
-    KIND: ClassVar[int] = 54
-    ref: Count
-    job: _Job
-    claim: Count
-    round: Count
-    model: PayloadRef | None = None
-    state: PayloadRef | None = None
-    best: bool = False  # this commit's ``best_model`` (else its model) is the best so far
-    best_model: PayloadRef | None = None
-    record: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class EndJob:
-    """job -> broker: the workflow returned or raised."""
-
-    KIND: ClassVar[int] = 55
-    ref: Count
-    job: _Job
-    claim: Count
-    status: Literal["FINISHED:COMPLETED", "FINISHED:FAILED", "FINISHED:ABORTED"]
-    reason: Text = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """anyone -> broker: something to keep about a job (log, metric, state_lost); read back by Ask "events"."""
-
-    KIND: ClassVar[int] = 56
-    job: _Job
-    kind: Name
-    site: _SiteName = Site("")
-    data: dict[str, Any] = field(default_factory=dict)
-    text: Text = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """anyone -> broker: a question or an order about jobs: "jobs", "job", "events", "rounds", "sites", "abort"."""
-
-    KIND: ClassVar[int] = 57
-    ref: Count
-    what: Name
-    job: _Job = JobId("")
-    after: Count = 0
-    limit: Annotated[int, Limit(low=1, high=10_000)] = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """broker -> whoever asked. Tail: msgpack of what does not fit in the body."""
-
-    KIND: ClassVar[int] = 58
-    ref: Count
-    data: dict[str, Any] = field(default_factory=dict)
+# ---------------------------------------------------------------- refusals
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,8 +208,7 @@ class Tally:
         if len(self.metrics) + fresh > MAX_METRICS:
             raise FoldError(f"over {MAX_METRICS} different metric names in a round; sites must use the same names")
         self.kind, self.weighted = self.kind or contribution.kind, contribution.weighted
-        if len(self._sites) < _SHOWN_SITES and contribution.site not in self._sites:
-            self._sites.append(contribution.site)
+        self._show([contribution.site])
         self._count(contribution, 1)
 
     def remove(self, contribution: Contribution) -> None:
@@ -247,7 +246,7 @@ class Tally:
         if len(self.metrics.keys() | other.metrics.keys()) > MAX_METRICS:
             raise FoldError(f"over {MAX_METRICS} different metric names in a round; sites must use the same names")
         self.kind, self.weighted = self.kind or other.kind, other.weighted
-        self._sites = [*self._sites, *(site for site in other._sites if site not in self._sites)][:_SHOWN_SITES]
+        self._show(other._sites)
         self.count += sign * other.count
         self.weight += sign * other.weight
         for size, number in other.sizes.items():
@@ -265,7 +264,13 @@ class Tally:
 
     @sites.setter
     def sites(self, names: list[str]) -> None:
-        self._sites = names[:_SHOWN_SITES]
+        self._sites = []
+        self._show(names)
+
+    def _show(self, names: list[str]) -> None:
+        # the first by name, not by arrival: the same results make the same partial
+        if len(self._sites) < _SHOWN_SITES or min(names, default="") < self._sites[-1]:
+            self._sites = sorted({*self._sites, *names})[:_SHOWN_SITES]
 
     def _examples(self) -> str:
         shown = ", ".join(self._sites) or "others"

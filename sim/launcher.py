@@ -5,27 +5,27 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
-import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
 from ..broker.link import Link
-from ..serialization.archive import SKIPPED_NAMES
-from ..serialization.errors import JobError, LinkError, LinkTimeout
-from ..serialization.jobspec import JobSpec, check_site_name
+from ..serialization.errors import LinkError, LinkTimeout
+from ..serialization.jobspec import JobSpec
 from ..serialization.messages import Hello
 from ..serialization.processes import setup_logging
 from .gpus import parse_gpus, slots, worker_count
+from .interrupts import Shield, interruptible
 from .pipeline import LogTail, Pipeline, PipelineSettings
-from .preload import modules_for, take_warm
+from .preload import Warm, modules_for, take_warm
+from .prepare import SimConfig, max_parked, place_job, place_workspace, sites_of, wants_torch
 from .progress import Record, Reporter, SilentReporter, View, make_reporter, metrics_of, print_summary, rate_of
 
 if TYPE_CHECKING:
@@ -45,45 +45,6 @@ _CONNECT_S = 60.0
 _SILENCE_S = 60.0
 #: `Gather` puts the first failed site at the end of its reason: where, site, code, traceback.
 _REASON = re.compile(r"\A[^\n]*\n(?P<site>[A-Za-z0-9][\w.-]{0,127}): (?P<code>[\w-]+)\n(?P<text>.*)\Z", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class SimConfig:
-    """What is simulated, and how.
-
-    Attributes:
-        job_folder: the job; where it lies in the workspace already it is used there, else copied to ``job/``.
-        workspace: the result folder. Made here, unless the job lies in it: then the caller has made it.
-        sites: the simulated sites' names; none: those that the job names.
-        threads: T, how many sites run at once; None: all of them, or one for each GPU group.
-        gpu: ``"0,1"`` or ``"[0,1],[2,3]"``, dealt to the T slots in turn.
-        seed: in place of the job's own.
-        max_parked: how many scripts may wait between their tasks before the least recently used is ended.
-        prefold: let the agent fold results before it sends them, where the aggregator allows it.
-        log_level: which lines of the processes' logs are shown while it runs; all from "info" on are in ``logs/``.
-        timeout_s: the run's bound; None: as long as it takes.
-        grace_s: how long scripts may go on after the job has ended.
-        keep_store: leave the broker's store and the agent's workspace in ``.sim/``.
-        env, broker, agent: see `PipelineSettings`.
-    """
-
-    job_folder: Path
-    workspace: Path
-    sites: Sequence[str] = ()
-    threads: int | None = None
-    gpu: str | None = None
-    seed: int | None = None
-    max_parked: int | None = None
-    prefold: bool = True
-    show_progress: bool = True
-    log_level: str = "warning"
-    log_json: bool = False
-    timeout_s: float | None = None
-    grace_s: float = 10.0
-    keep_store: bool = False
-    env: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
-    broker: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    agent: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,24 +92,24 @@ def run_simulation(config: SimConfig) -> SimResult:
     """
     started = time.monotonic()
     groups = parse_gpus(config.gpu)
-    sites = _sites(config, JobSpec.load(config.job_folder))
+    sites = sites_of(config, JobSpec.load(config.job_folder))
     workers = worker_count(len(sites), config.threads, groups)
     if not structlog.is_configured():
         setup_logging(config.log_level, config.log_json)
     with ExitStack() as stack:
-        shield = stack.enter_context(_interruptible())
-        workspace = _workspace(config, stack)
-        spec = _job(config, workspace, sites)
-        modules = modules_for([spec.custom_dir(workspace / "job")], torch=_wants_torch(spec))
+        shield = stack.enter_context(interruptible())
+        workspace = place_workspace(config, stack)
+        spec = place_job(config, workspace, sites)
+        modules = modules_for([spec.custom_dir(workspace / "job")], torch=wants_torch(spec))
         warm = take_warm(modules)
-        stack.callback(_end, shield, warm.close)
+        stack.callback(shield.run, warm.close)
         work_dir = workspace / WORK_DIR
         settings = PipelineSettings(
             work_dir,
             sites,
             tuple(slot.env for slot in slots(groups, workers)),
             config.prefold,
-            config.max_parked,
+            max_parked(config, spec, workspace / "job", workers, gpus=bool(groups)),
             "debug" if config.log_level == "debug" else "info",
             config.log_json,
             config.env,
@@ -161,7 +122,7 @@ def run_simulation(config: SimConfig) -> SimResult:
 class _Run:
     """One run, after everything that can be wrong beforehand was found right."""
 
-    def __init__(self, config: SimConfig, spec: JobSpec, workspace: Path, started: float, shield: _Shield) -> None:
+    def __init__(self, config: SimConfig, spec: JobSpec, workspace: Path, started: float, shield: Shield) -> None:
         self._config = config
         self._spec = spec
         self._workspace = workspace
@@ -173,12 +134,12 @@ class _Run:
         self._key_metric = str(key)
         self._reporter: Reporter = SilentReporter()
 
-    def go(self, warm: Any, settings: PipelineSettings, stack: ExitStack) -> SimResult:
+    def go(self, warm: Warm, settings: PipelineSettings, stack: ExitStack) -> SimResult:
         from ..recipe.client import JobClient
 
         pipeline = Pipeline(warm, settings, self._died.set)
-        stack.callback(_end, self._shield, lambda: self._leave(pipeline))
-        stack.callback(_end, self._shield, warm.close)  # before the files are moved; a second time does no harm
+        stack.callback(self._shield.run, lambda: self._leave(pipeline))
+        stack.callback(self._shield.run, warm.close)  # before the files are moved; a second time does no harm
         if self._config.show_progress:
             self._reporter = make_reporter(sys.stderr, key_metric=self._key_metric)
         stack.callback(self._reporter.close)
@@ -197,11 +158,11 @@ class _Run:
     def _connect(self, pipeline: Pipeline, stack: ExitStack) -> Link:
         token = secrets.token_hex(8)
         link = Link(pipeline.endpoint, Hello(node=f"client/{token}", role="client", boot=secrets.token_hex(16)))
-        stack.callback(_end, self._shield, link.close)
+        stack.callback(self._shield.run, link.close)
         ended = threading.Thread(target=self._close_on_death, args=(link,), name="fedloom-sim-deaths", daemon=True)
         ended.start()
         stack.callback(ended.join, 5.0)
-        stack.callback(_end, self._shield, self._died.set)
+        stack.callback(self._shield.run, self._died.set)
         with _deaths_told(pipeline):
             link.start(_CONNECT_S)
         return link
@@ -335,94 +296,3 @@ def _deaths_told(pipeline: Pipeline) -> Generator[None]:
         pipeline.check()
         raise
     pipeline.check()
-
-
-# ---------------------------------------------------------------- beforehand
-
-
-def _sites(config: SimConfig, spec: JobSpec) -> tuple[str, ...]:
-    sites = tuple(config.sites or spec.sites or ())
-    if not sites:
-        raise JobError("no sites to simulate: say how many clients there are, or name them")
-    for site in sites:
-        check_site_name(site)
-    if len(set(sites)) != len(sites):
-        raise JobError(f"the sites {list(sites)} name one twice")
-    taking_part = spec.sites or sites
-    if missing := sorted(set(taking_part) - set(sites)):
-        raise JobError(f"job {spec.name!r} needs site {missing[0]!r}; simulated are {', '.join(sites)}")
-    if spec.min_clients > len(taking_part):
-        raise JobError(
-            f"min_clients={spec.min_clients} but {len(taking_part)} sites take part: no round could ever close;"
-            " simulate more, or lower min_clients"
-        )
-    return sites
-
-
-def _workspace(config: SimConfig, stack: ExitStack) -> Path:
-    from ..recipe.workspace import run_folder
-
-    workspace = config.workspace.expanduser().resolve()
-    if config.job_folder.resolve() == workspace / "job":
-        return workspace  # whoever put the job there holds the folder
-    return stack.enter_context(run_folder(workspace))
-
-
-def _job(config: SimConfig, workspace: Path, sites: tuple[str, ...]) -> JobSpec:
-    """The job in its place, with the run's sites and seed in it."""
-    folder = workspace / "job"
-    if config.job_folder.resolve() != folder:
-        shutil.copytree(config.job_folder, folder, ignore=shutil.ignore_patterns(*SKIPPED_NAMES, "*.pyc"))
-    spec = JobSpec.load(folder)
-    wanted = replace(spec, sites=spec.sites or sites, seed=spec.seed if config.seed is None else config.seed)
-    if wanted != spec:
-        wanted.write(folder)
-    return wanted
-
-
-def _wants_torch(spec: JobSpec) -> bool:
-    return any(e.component.args.get("params_exchange_format") == "pytorch" for e in spec.executors)
-
-
-# ---------------------------------------------------------------- interruption
-
-
-class _Shield:
-    """While it is up, an interrupt is remembered, not raised: clearing up must not stop half-way."""
-
-    def __init__(self) -> None:
-        self.up = False
-        self.hit = False
-
-
-@contextmanager
-def _interruptible() -> Generator[_Shield]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt, and are as they were afterwards."""
-    shield = _Shield()
-    if threading.current_thread() is not threading.main_thread():
-        yield shield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        if shield.up:
-            shield.hit = True
-            return
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN and handler is not None:  # None: not Python's to restore
-            signal.signal(number, interrupt)
-    try:
-        yield shield
-    finally:
-        for number, handler in before.items():
-            if handler is not None:
-                signal.signal(number, handler)
-        if shield.hit:
-            raise KeyboardInterrupt
-
-
-def _end(shield: _Shield, step: Any) -> None:
-    shield.up = True
-    step()

@@ -173,11 +173,12 @@ def warmed(warm: Warm, modules: Sequence[str]) -> Warm:
     Raises:
         ProcessError: no warm process can be had.
     """
-    warm.load(modules)
-    for _ in range(len(warm.wanted)):
+    for number in range(len(warm.wanted) + len(modules)):
         try:
+            if number == 0:
+                warm.load(modules)
             answers = warm.loaded()
-        except ProcessError:
+        except BaseException:
             warm.close()
             raise
         unsafe = next((answer.unsafe for answer in answers if answer.unsafe), "")

@@ -121,9 +121,10 @@ class TestScripts:
         assert "recipe/cli" not in done.stderr
 
     def test_json_is_all_there_is_on_standard_output(self, tmp_path: Path) -> None:
-        done = run("sim", script(tmp_path, "raise KeyboardInterrupt"), "--json")
+        done = run("sim", script(tmp_path, "print('mine')\nraise KeyboardInterrupt"), "--json")
         assert done.returncode == 130
-        assert json.loads(done.stdout) == {"job_id": None, "status": None, "runs": []}
+        assert json.loads(done.stdout) == {"job_id": None, "status": None, "path": None, "runs": []}
+        assert done.stderr.startswith("mine\n")
 
     def test_a_mistake_in_the_recipe_is_wrong_use(self, tmp_path: Path) -> None:
         text = (

@@ -6,7 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+from typing import Annotated, Any, NoReturn, ParamSpec, TextIO, TypeVar
 
 import typer
 
@@ -87,9 +87,9 @@ def show_error(error: FedloomError) -> None:
         typer.echo(f"  {note}", err=True)
 
 
-def print_json(value: Any) -> None:
+def print_json(value: Any, out: TextIO | None = None) -> None:
     """One JSON object on standard output."""
-    typer.echo(json.dumps(value))
+    typer.echo(json.dumps(value), file=out)
 
 
 def print_table(columns: list[str], rows: list[list[str]], empty: str) -> None:

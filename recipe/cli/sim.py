@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import runpy
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -41,8 +42,16 @@ def sim(
         str | None, typer.Option("-gpu", "--gpu", metavar="GPUS", help="Such as 0,1 or [0,1],[2,3].")
     ] = None,
     max_clients: Annotated[
-        int, typer.Option("-m", "--max-clients", "--max_clients", min=1, metavar="MAX", help="At most so many clients.")
-    ] = MAX_CLIENTS,
+        int | None,
+        typer.Option(
+            "-m",
+            "--max-clients",
+            "--max_clients",
+            min=1,
+            metavar="MAX",
+            help=f"At most so many clients; default {MAX_CLIENTS} of those that options name.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, metavar="S", help="Instead of the job's own.")] = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
@@ -61,7 +70,7 @@ def sim(
         num_threads=threads,
         gpu_config=gpu,
         workspace_root=workspace,
-        max_clients=max_clients,
+        max_clients=MAX_CLIENTS if max_clients is None and (n_clients or clients or job.is_dir()) else max_clients,
         seed=seed,
         log_level=level,
         log_json=json_lines,
@@ -111,31 +120,33 @@ def _run_script(script: Path, args: list[str], overrides: Overrides, as_json: bo
 
     sys.argv = [str(script), *args]
     sys.path.insert(0, str(script.resolve().parent))
-    code = DONE
-    with applied(overrides):
+    code, out = DONE, sys.stdout
+    # with --json the script's own words go to standard error: standard output is for the one object
+    with applied(overrides), contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         try:
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as stop:
             code = _script_code(stop)
         except (FedloomError, KeyboardInterrupt):
             if as_json:
-                _print_runs(overrides)
+                _print_runs(overrides, out)
             raise
         except Exception as error:  # noqa: BLE001 - the user's script may raise anything; its traceback is the answer
             _show_script_error(error, script)
             code = FAILED
     if as_json:
-        _print_runs(overrides)
-    if code == DONE and not overrides.statuses:
+        _print_runs(overrides, out)
+    if code == DONE and not overrides.runs:
         typer.echo(f"error: {script} ran no job; it must call recipe.execute(SimEnv(...))", err=True)
         code = WRONG_USE
-    failed = [status for _, status in overrides.statuses if status not in ("FINISHED:COMPLETED", "SUBMITTED")]
+    failed = any(run.status not in ("FINISHED:COMPLETED", "SUBMITTED") for run in overrides.runs)
     raise typer.Exit(code or (FAILED if failed else DONE))
 
 
-def _print_runs(overrides: Overrides) -> None:
-    runs = [{"job_id": job, "status": status} for job, status in overrides.statuses]
-    print_json((runs[-1] if runs else {"job_id": None, "status": None}) | {"runs": runs})
+def _print_runs(overrides: Overrides, out: TextIO) -> None:
+    runs = [{"job_id": run.job_id, "status": run.status, "path": run.path} for run in overrides.runs]
+    last = runs[-1] if runs else {"job_id": None, "status": None, "path": None}
+    print_json(last | {"runs": runs}, out)
 
 
 def _script_code(stop: SystemExit) -> int:

@@ -245,7 +245,13 @@ def test_the_result_folder(tmp_path: Path, local: bool) -> None:
     assert sorted(path.name for path in (out / "logs").iterdir()) == ["2e2e2f62.log", "a.log"]
     assert sorted(path.name for path in (out / "sites").iterdir()) == ["a", "b"]
     assert not list(out.rglob("*.part")) + list(out.rglob("*.copy")) + list(out.rglob("*.tar"))
+    (out / "mine.txt").write_text("kept")
     client.download("tiny-1", out)  # again, into what fedloom made
+    assert (out / "mine.txt").exists()
+    (out / "summary.json").write_text('{"job_id": "another"}')
+    client.download("tiny-1", out)
+    assert not (out / "mine.txt").exists()
+    assert (tmp_path / "out put.previous" / "mine.txt").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep")
     with pytest.raises(JobError, match="did not make"):

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fedloom.recipe.code import local_code, tree
+from fedloom.recipe.code import local_code, script_folders, tree
 from fedloom.serialization.errors import JobError
 
 
@@ -70,6 +70,19 @@ def test_two_files_for_one_place(tmp_path: Path) -> None:
         local_code([tmp_path / "a" / "client.py", tmp_path / "b" / "client.py"], [])
     (tmp_path / "b" / "client.py").write_text("a")
     assert list(local_code([tmp_path / "a" / "client.py", tmp_path / "b" / "client.py"], [])) == ["client.py"]
+
+
+def test_a_debugger_or_a_test_runner_is_not_the_job_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pdb
+    import sys
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", pdb.__file__, raising=False)
+    assert script_folders() == [tmp_path / "here"]
+    (tmp_path / "job.py").write_text("")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "job.py"), raising=False)
+    assert script_folders() == [tmp_path, tmp_path / "here"]
 
 
 def test_tree(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fedloom.recipe import NumpyFedAvgRecipe, SimEnv
-from fedloom.recipe.overrides import Overrides, applied
+from fedloom.recipe import NumpyFedAvgRecipe, ProdEnv, SimEnv
+from fedloom.recipe.client import JobInfo
+from fedloom.recipe.overrides import Outcome, Overrides, applied
 from fedloom.serialization.errors import FedloomError, GatherError, JobError, TaskError
+from fedloom.serialization.jobspec import JobSpec
 
 if TYPE_CHECKING:
     from conftest import FakeLauncher
@@ -124,6 +126,68 @@ class TestWorkspace:
         recipe().execute(SimEnv(2, workspace_root="ws"))
 
 
+def test_a_job_folder_and_the_last_runs_own(here: Path, launcher: FakeLauncher) -> None:
+    from fedloom.recipe.simulate import SimOptions, simulate
+
+    folder = recipe().export(here / "exported")
+    result = simulate(SimOptions(num_clients=2, seed=8), folder=folder)
+    assert launcher.configs[0].seed == 8
+    assert result.result_dir == here / "fedloom-workspace" / "my job"
+    assert (result.result_dir / "job" / "app" / "custom" / "client.py").is_file()
+    simulate(SimOptions(num_clients=2), folder=result.result_dir / "job")
+    assert launcher.jobs[1] == launcher.jobs[0]
+    with pytest.raises(JobError, match="3 clients; at most 2"):
+        simulate(SimOptions(num_clients=3, max_clients=2), folder=folder)
+
+
+def test_prod_env(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Client:
+        def __init__(self, endpoint: str, connect_s: float) -> None:
+            asked.append((endpoint, connect_s))
+
+        def __enter__(self) -> Client:
+            return self
+
+        def __exit__(self, *args: object) -> None:
+            asked.append("closed")
+
+        def submit(self, folder: Path) -> str:
+            asked.append(JobSpec.load(folder).name)
+            return "j-1"
+
+        def info(self, job_id: str) -> JobInfo:
+            return JobInfo(job_id, status="RUNNING", reason="why")
+
+        def wait(self, job_id: str, timeout_s: float | None) -> JobInfo:
+            asked.append(("wait", timeout_s))
+            return JobInfo(job_id, status="FINISHED:COMPLETED")
+
+        def download(self, job_id: str, dest: Path) -> Path:
+            return dest
+
+        def rounds(self, job_id: str) -> list[dict[str, Any]]:
+            return [{"round": 0}]
+
+        def abort(self, job_id: str) -> None:
+            asked.append(("abort", job_id))
+
+    monkeypatch.setattr("fedloom.recipe.client.JobClient", Client)
+    run = recipe().execute(ProdEnv("tcp://host:7600", connect_s=3, workspace_root="res"))
+    assert asked == [("tcp://host:7600", 3), "my job", "closed"]
+    assert (run.get_job_id(), run.get_status(), run.get_reason()) == ("j-1", "RUNNING", "why")
+    assert run.wait(5) == "FINISHED:COMPLETED"
+    assert run.get_result(timeout=0) == here / "res" / "j-1"
+    assert run.metrics() == [{"round": 0}]
+    run.abort()
+    assert [item for item in asked if item[0] in ("wait", "abort")] == [("wait", 5), ("wait", None), ("abort", "j-1")]
+    with pytest.raises(JobError, match="timeout=-1"):
+        run.wait(-1)
+    monkeypatch.setenv("FEDLOOM_BROKER", "tcp://other:1")
+    assert ProdEnv().endpoint == "tcp://other:1"
+
+
 class TestFailures:
     def test_a_sites_traceback_is_raised(self, here: Path, launcher: FakeLauncher) -> None:
         launcher.status, launcher.reason = "FINISHED:FAILED", "round 0 has 1 of 2 results"
@@ -156,7 +220,7 @@ def test_overrides_win(here: Path, launcher: FakeLauncher) -> None:
     assert first.workspace == here / "mine" / "my job"
     assert (len(second.sites), second.threads, second.gpu, second.seed) == (2, 1, "0", 5)
     assert second.workspace == here / "theirs" / "my job"
-    assert overrides.statuses == [("job-1", "FINISHED:COMPLETED")]
+    assert overrides.runs == [Outcome("job-1", "FINISHED:COMPLETED", str(first.workspace))]
     with applied(Overrides(clients=("a", "b", "c"))):
         recipe().execute(SimEnv(num_clients=2))
     assert launcher.configs[-1].sites == ["a", "b", "c"]

@@ -1,0 +1,124 @@
+"""What is to be simulated, and everything that can be found wrong with it, or put in its place, before it starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..serialization.archive import SKIPPED_NAMES
+from ..serialization.errors import JobError
+from ..serialization.jobspec import JobSpec, check_site_name
+
+__all__ = ["SimConfig", "max_parked", "place_job", "place_workspace", "sites_of", "wants_torch"]
+
+#: What a waiting script holds of its own: some 14 MiB after training, its data beside it, and its copies of the model.
+_SCRIPT_BYTES = 64 * 1024 * 1024
+_MODEL_COPIES = 4
+_PARKED_SHARE = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class SimConfig:
+    """What is simulated, and how.
+
+    Attributes:
+        job_folder: the job; where it lies in the workspace already it is used there, else copied to ``job/``.
+        workspace: the result folder. Made here, unless the job lies in it: then the caller has made it.
+        sites: the simulated sites' names; none: those that the job names.
+        threads: T, how many sites run at once; None: all of them, or one for each GPU group.
+        gpu: ``"0,1"`` or ``"[0,1],[2,3]"``, dealt to the T slots in turn.
+        seed: in place of the job's own.
+        max_parked: how many scripts may wait between their tasks before the least recently used is ended; None: what
+            this machine's memory allows, and with GPUs, whose memory each of them would hold, one for each slot.
+        prefold: let the agent fold results before it sends them, where the aggregator allows it.
+        log_level: which lines of the processes' logs are shown while it runs; all from "info" on are in ``logs/``.
+        timeout_s: the run's bound; None: as long as it takes.
+        grace_s: how long scripts may go on after the job has ended.
+        keep_store: leave the broker's store and the agent's workspace in ``.sim/``.
+        env, broker, agent: see `PipelineSettings`.
+    """
+
+    job_folder: Path
+    workspace: Path
+    sites: Sequence[str] = ()
+    threads: int | None = None
+    gpu: str | None = None
+    seed: int | None = None
+    max_parked: int | None = None
+    prefold: bool = True
+    show_progress: bool = True
+    log_level: str = "warning"
+    log_json: bool = False
+    timeout_s: float | None = None
+    grace_s: float = 10.0
+    keep_store: bool = False
+    env: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+    broker: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    agent: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def sites_of(config: SimConfig, spec: JobSpec) -> tuple[str, ...]:
+    sites = tuple(config.sites or spec.sites or ())
+    if not sites:
+        raise JobError("no sites to simulate: say how many clients there are, or name them")
+    for site in sites:
+        check_site_name(site)
+    if len(set(sites)) != len(sites):
+        raise JobError(f"the sites {list(sites)} name one twice")
+    taking_part = spec.sites or sites
+    if missing := sorted(set(taking_part) - set(sites)):
+        raise JobError(f"job {spec.name!r} needs site {missing[0]!r}; simulated are {', '.join(sites)}")
+    if spec.min_clients > len(taking_part):
+        raise JobError(
+            f"min_clients={spec.min_clients} but {len(taking_part)} sites take part: no round could ever close;"
+            " simulate more, or lower min_clients"
+        )
+    return sites
+
+
+def place_workspace(config: SimConfig, stack: ExitStack) -> Path:
+    from ..recipe.workspace import run_folder
+
+    workspace = config.workspace.expanduser().resolve()
+    if config.job_folder.resolve() == workspace / "job":
+        return workspace  # whoever put the job there holds the folder
+    return stack.enter_context(run_folder(workspace))
+
+
+def place_job(config: SimConfig, workspace: Path, sites: tuple[str, ...]) -> JobSpec:
+    """The job in its place, with the run's sites and seed in it."""
+    folder = workspace / "job"
+    if config.job_folder.resolve() != folder:
+        shutil.copytree(config.job_folder, folder, ignore=shutil.ignore_patterns(*SKIPPED_NAMES, "*.pyc"))
+    spec = JobSpec.load(folder)
+    wanted = replace(spec, sites=spec.sites or sites, seed=spec.seed if config.seed is None else config.seed)
+    if wanted != spec:
+        wanted.write(folder)
+    return wanted
+
+
+def max_parked(config: SimConfig, spec: JobSpec, folder: Path, workers: int, *, gpus: bool) -> int:
+    if config.max_parked is not None:
+        return config.max_parked
+    if gpus:
+        return workers
+    model = max((path.stat().st_size for path in spec.app_dir(folder).glob("*.safetensors")), default=0)
+    available = _available_bytes() * _PARKED_SHARE
+    return max(workers, int(available / (_SCRIPT_BYTES + _MODEL_COPIES * model)))
+
+
+def _available_bytes() -> int:
+    """Memory that processes could still have, as the kernel estimates it."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def wants_torch(spec: JobSpec) -> bool:
+    return any(e.component.args.get("params_exchange_format") == "pytorch" for e in spec.executors)
