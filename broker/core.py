@@ -129,7 +129,8 @@ class ControlCore:
             self.state.sessions.heard(session, now)
             self.state.ledger.renew(session.node, now)
         target = session or peer
-        ref = cast("int", getattr(message, "ref", 0))
+        # a session fault is about the link, not about the request: that is repeated in the next session
+        ref = cast("int", getattr(message, "ref", 0)) if session is not None else 0
         try:
             if isinstance(message, Hello):
                 self._hello(peer, message, bytes(packet.tail), now)

@@ -22,7 +22,6 @@ from typing import Any
 import structlog
 import zmq
 
-from ..serialization.digest import digest_file
 from ..serialization.envelope import Buffer
 from ..serialization.errors import (
     FaultError,
@@ -243,9 +242,6 @@ class Link:
                 file.write(data)
 
             self.stream(ref, write, timeout_s)
-        if ref.digest and digest_file(part) != ref.digest:
-            part.unlink()
-            raise PayloadError(f"payload {ref.id} arrived damaged: its digest is not {ref.digest}")
         part.replace(dest)
         return dest
 
@@ -302,7 +298,9 @@ class Link:
                 try:
                     session.run()
                 except (WireError, LinkError, zmq.ZMQError) as error:
-                    log.warning("link_down", endpoint=self.endpoint, node=self._shared.hello.node, reason=str(error))
+                    # one line when it goes down, not one a try
+                    say = log.warning if session.welcomed or tries == 0 else log.debug
+                    say("link_down", endpoint=self.endpoint, node=self._shared.hello.node, reason=str(error))
                 finally:
                     if session.welcomed:
                         down_since, tries = time.monotonic(), 0

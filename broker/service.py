@@ -65,7 +65,9 @@ class BrokerConfig:
         bind = free_endpoint(self.bind)
         data_bind = self.data_bind or data_endpoint_for(bind)
         internal = internal_endpoint(self.store)
-        return ControlConfig(internal=internal, **(asdict(self) | {"bind": bind, "data_bind": data_bind}))
+        fields: dict[str, Any] = asdict(self)
+        fields |= {"store": self.store.absolute(), "bind": bind, "data_bind": data_bind, "internal": internal}
+        return ControlConfig(**fields)
 
 
 def data_config(control: ControlConfig, parent: int = 0) -> DataConfig:
@@ -161,7 +163,7 @@ def run_broker(config: BrokerConfig, on_ready: Callable[[str], None] | None = No
         StorageError: the store is another broker's, damaged, or its disk failed.
     """
     stop = threading.Event()
-    control = replace(config.control(), store=config.store.absolute())
+    control = config.control()
     loop = ControlLoop(control)
     child = DataChild(control)
 
@@ -321,10 +323,11 @@ def main(argv: list[str] | None = None) -> int:
     """``python -m fedloom.broker.service JSON``: the fields of `BrokerConfig`. For `start_broker`."""
     (options,) = sys.argv[1:] if argv is None else argv
     fields: dict[str, Any] = json.loads(options)
+    fields["store"] = Path(fields["store"])
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     try:
         run_broker(
-            BrokerConfig(**(fields | {"store": Path(fields["store"])})),
+            BrokerConfig(**fields),
             on_ready=lambda endpoint: print(_READY + endpoint, flush=True),
         )
     except FedloomError as error:

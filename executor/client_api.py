@@ -93,7 +93,7 @@ class ClientContext:
         return self._open or self._next(None)
 
     def receive(self, timeout: float | None = None) -> FLModel | None:
-        """The task's model, waiting for a task if there is none. None when stopped, or not within ``timeout`` seconds."""
+        """The task's model, waiting for a task if there is none. None when stopped, or not within ``timeout`` s."""
         if not self._open and not self._next(timeout):
             return None
         if self._model is None:
@@ -110,7 +110,10 @@ class ClientContext:
         spec = self._task
         if spec is None or not self._open:
             raise ClientError("flare.send() without a task: call flare.receive() first, and send once for each receive")
-        if (spec.task, spec.attempt) not in self._cancelled:
+        if (spec.task, spec.attempt) in self._cancelled:
+            self._cancelled.discard((spec.task, spec.attempt))
+            self.fail(f"{spec} was cancelled", "cancelled")  # nobody waits for it: the host is free again
+        else:
             result = write_result(model, spec, self._state)
             self._channel.send(
                 {
@@ -273,8 +276,8 @@ def install(context: ClientContext | None) -> None:
 def _current() -> ClientContext:
     if _passive_rank:
         raise ClientError(
-            f"this is rank {_passive_rank}: only rank 0 talks to fedloom. Receive and send there, and broadcast the model"
-            " to the other ranks with your framework"
+            f"this is rank {_passive_rank}: only rank 0 talks to fedloom. Receive and send there, and broadcast the"
+            " model to the other ranks with your framework"
         )
     if _context is None:
         raise ClientError("call flare.init() first")

@@ -131,7 +131,7 @@ class Delivery:
     def add_partial(
         self, job: str, gather: str, items: Sequence[DoneItem], ref: PayloadRef, buffers: list[Buffer]
     ) -> None:
-        """Several attempts' results as one partial. It is not kept on disk: its tasks are done again if this process dies."""
+        """Several attempts' results as one partial, in memory: its tasks are done again if this process dies."""
         small = ref.size <= INLINE_TOTAL_BYTES
         self._partials[ref.id] = _Partial(job, gather, fit_items(items), ref, buffers, small)
 

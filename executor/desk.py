@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import structlog
 
@@ -152,10 +152,9 @@ class Desk:
 
     def event(self, job: str, site: str, message: Map) -> None:
         """Pass on what user code wants kept about the job."""
-        data: Any = message.get("data")
-        event = Event(
-            JobId(job), str(message.get("kind", "metric"))[:64], Site(site), data if isinstance(data, dict) else {}
-        )  # pyright: ignore[reportUnknownArgumentType]
+        told: Any = message.get("data")
+        data = cast("dict[str, Any]", told) if isinstance(told, dict) else {}
+        event = Event(JobId(job), str(message.get("kind", "metric"))[:64], Site(site), data)
         if len(pack(encode_fields(event))) > _MAX_EVENT_BYTES:
             log.warning("event_too_large", job=job, site=site, allowed_bytes=_MAX_EVENT_BYTES)
             return

@@ -70,7 +70,8 @@ class Executor:
         spawner: Spawner | None = None,
         **options: Any,
     ) -> None:
-        names = tuple(dict.fromkeys([*([site] if site else []), *sites]))
+        wanted: list[str] = [*([site] if site else []), *sites]
+        names: tuple[str, ...] = tuple(dict.fromkeys(wanted))
         if not names:
             raise JobError('an executor needs a site: Executor(endpoint, site="site-1")')
         for name in names:
@@ -96,7 +97,7 @@ class Executor:
         return dict(self._functions)
 
     def task(self, name: str = "train") -> Callable[[F], F]:
-        """Register a function for tasks of this name (``"*"``: any other). It stays as it is and may be called directly.
+        """Register a function for tasks of this name (``"*"``: any other). It stays what it is and may be called.
 
         The function takes the model and, where it has a second parameter, the `TaskContext`; it returns an `FLModel`.
         ``async def`` functions run in a loop of their own.

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ from ..serialization.errors import FedloomError, LinkError, TaskError
 from ..serialization.processes import die_with_parent
 from .channel import ENV_HOST, Channel, Map
 from .client_api import ClientContext, install, tail_text
-from .context import TaskContext, TaskFunction, call_function, user_traceback
+from .context import Report, TaskContext, TaskFunction, call_function, user_traceback
 from .seeding import seed_all
 from .taskio import TaskSpec, input_model, write_result
 
@@ -166,7 +167,13 @@ class _Functions:
         self.channel.send({"op": op, "task": self.key[0], "attempt": self.key[1], **data})
 
 
-def run_task(function: TaskFunction, spec: TaskSpec, report: Any, running: Any = lambda context: None) -> Map:
+def _nobody(context: TaskContext) -> None:
+    del context
+
+
+def run_task(
+    function: TaskFunction, spec: TaskSpec, report: Report, running: Callable[[TaskContext], None] = _nobody
+) -> Map:
     """Call a function for a task; the channel message that tells how it went."""
     started = time.monotonic()
     context = TaskContext(

@@ -255,11 +255,8 @@ class HostPool:
                     log.debug("host_killed_late", host=host.id, key=host.plan.key)
                     host.process.kill()
                 elif host.state == "starting" and not host.stopping and now - host.started_at > host.plan.launch_s:
-                    host.failure = (
-                        "launch",
-                        f"it did not ask for a task within {host.plan.launch_s:g} s: does the script call flare.init()"
-                        " and flare.is_running() or flare.receive()?",
-                    )
+                    what = f"it did not ask for a task within {host.plan.launch_s:g} s: does the script call"
+                    host.failure = ("launch", f"{what} flare.init(), and flare.is_running() or flare.receive()?")
                     self.kill(host)
             if host.dead_at and (not host.connections or now - host.dead_at > _LAST_WORDS_S):
                 self._ended(host)

@@ -105,7 +105,7 @@ class _Subprocess:
 
 
 class SubprocessSpawner:
-    """A fresh interpreter for each host, in a session of its own, so that a terminal's Ctrl-C reaches the agent only."""
+    """A fresh interpreter for each host, in a session of its own: a terminal's Ctrl-C reaches the agent only."""
 
     def spawn(self, request: HostRequest) -> HostProcess:
         """See `Spawner.spawn`."""

@@ -1,7 +1,7 @@
-"""Results that the broker has not stored yet, kept on disk so that neither an executor's death nor the broker's loses one.
+"""Results that the broker has not stored yet, on disk, so that neither an executor's death nor the broker's loses one.
 
-A result is a record (a msgpack map) and, over the inline size, a payload file. The record is written last and atomically:
-a result that is here is whole. One folder is one executor's.
+A result is a record (a msgpack map) and, over the inline size, a payload file. The record is written last and
+atomically: a result that is here is whole. One folder is one executor's.
 """
 
 from __future__ import annotations

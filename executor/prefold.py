@@ -1,8 +1,8 @@
 """A pool's results folded on the spot, so that hundreds of sites reach the controller as one partial.
 
-`Batches` is the pure policy: which results stand together and when they leave. `PartialFold` does the adding; it runs in
-the agent's one fold thread. The first result of a batch waits unfolded for a second one: alone it leaves as it is, since
-a partial is twice its size.
+`Batches` is the pure policy: which results stand together and when they leave. `PartialFold` does the adding; it runs
+in the agent's one fold thread. The first result of a batch waits unfolded for a second one: alone it leaves as it is,
+since a partial is twice its size.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class ScriptExecutor:
         launch_once: one process over all rounds, waiting in `is_running()`; False starts the script for each task.
         shutdown_timeout: seconds that a script is given to end by itself once the job is over.
         params_exchange_format: ``"numpy"`` or ``"pytorch"``: what `receive()` holds.
-        params_transfer_type: ``"FULL"``, or ``"DIFF"``: what reaches the aggregator; the difference is taken on the site.
+        params_transfer_type: ``"FULL"``, or ``"DIFF"``: what reaches the aggregator; the site takes the difference.
         launch_timeout: seconds within which an external script must call `flare.init()`.
     """
 
@@ -72,9 +72,7 @@ class FunctionExecutor:
     def __post_init__(self) -> None:
         _check(self)
         if not self.function.isidentifier():
-            raise JobError(
-                f"function {self.function!r}; the name of a function in {self.task_script_path} belongs here"
-            )
+            raise JobError(f"function {self.function!r}; a function's name in {self.task_script_path} belongs here")
 
 
 Settings = ScriptExecutor | FunctionExecutor

@@ -32,7 +32,7 @@ def run_executor(
     make_agent: Callable[[AgentConfig, Spawner | None], Agent] = Agent,
     on_up: Callable[[Agent], None] | None = None,
 ) -> None:
-    """Work until SIGTERM, SIGINT (where this is the main thread) or ``stop``. Waits for a broker for as long as it takes.
+    """Work until SIGTERM, SIGINT (in the main thread) or ``stop``. Waits for a broker for as long as it takes.
 
     A name that is taken is asked for again for ``takeover_s``: its holder may be this executor's own past life, which
     the broker has not given up yet.

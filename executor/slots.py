@@ -1,8 +1,8 @@
 """Which of the waiting tasks starts next, and in which slot. Pure.
 
 A slot is room for one running task, with its device in an environment of its own. A lane is what must not overlap: the
-tasks of one job at one site. A lane whose process was started in one slot's environment (its script sees that GPU and no
-other) goes on in slots with the same environment only.
+tasks of one job at one site. A lane whose process was started in one slot's environment (its script sees that GPU and
+no other) goes on in slots with the same environment only.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ import base64
 import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
@@ -109,10 +108,10 @@ def load_state(path: Path) -> dict[str, Any]:
     Raises:
         PayloadError: not a site state, or damaged.
     """
-    arrays = decode_model(path, framework="numpy").params or {}
+    arrays: dict[str, Any] = decode_model(path, framework="numpy").params or {}
     try:
         tree = json.loads(arrays.pop(_TREE).tobytes())
-        torch = decode_model(path, framework="pytorch").params or {} if _has_torch(tree) else {}
+        torch: dict[str, Any] = decode_model(path, framework="pytorch").params if _has_torch(tree) else {}
         values = _from_tree(tree, arrays, torch)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise PayloadError(f"{path} is not a site state: {error!r}") from None
@@ -131,7 +130,7 @@ def _to_tree(value: Any, tensors: dict[str, Any], where: str, depth: int) -> Any
     if isinstance(value, np.ndarray | np.generic) or (torch is not None and isinstance(value, torch.Tensor)):
         name = f"t{len(tensors)}"
         is_numpy = isinstance(value, np.ndarray | np.generic)
-        tensors[name] = np.asarray(value) if is_numpy else value.detach().cpu()
+        tensors[name] = np.asarray(cast("Any", value)) if is_numpy else value.detach().cpu()
         return ["n" if is_numpy else "p", name]
     if isinstance(value, float):
         return value if math.isfinite(value) else ["f", repr(value)]
@@ -149,8 +148,8 @@ def _to_tree(value: Any, tensors: dict[str, Any], where: str, depth: int) -> Any
             pairs.append([key, _to_tree(item, tensors, f"{where}[{key!r}]", depth + 1)])
         return ["d", pairs]
     raise PayloadError(
-        f"{where} is a {type(value).__module__}.{type(value).__qualname__}; the site state holds tensors, numbers, texts,"
-        " bytes, None, and lists, tuples and dicts of these (of an optimizer keep its state_dict())"
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}; the site state holds tensors, numbers,"
+        " texts, bytes, None, and lists, tuples and dicts of these (of an optimizer keep its state_dict())"
     )
 
 
@@ -231,4 +230,4 @@ class StateStore:
                 for item in folder.iterdir():
                     item.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
-                    os.rmdir(folder)
+                    folder.rmdir()

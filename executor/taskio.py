@@ -110,7 +110,7 @@ def write_result(result: object, spec: TaskSpec, state: SiteState | None = None)
     Raises:
         PayloadError: not an FLModel, neither params nor metrics, or values that cannot be stored.
         ValuesError: NaN or Inf in a tensor, by name.
-        LayoutError: a value that is no tensor; DIFF of a tensor that the received model does not have, or has otherwise.
+        LayoutError: a value that is no tensor; DIFF of one that the received model does not have, or has otherwise.
     """
     model = check_result(result, spec)
     if spec.transfer_type == "DIFF" and model.params is not None and model.params_type is ParamsType.FULL:

@@ -138,10 +138,11 @@ class Worker:
         def report(op: str, data: dict[str, Any]) -> None:
             self._desk.post(lambda: self._told(run, {"op": op, **data}))
 
+        def context_made(context: TaskContext) -> None:
+            self._desk.post(lambda: self._has_context(run, context))
+
         def work() -> None:
-            answer = run_task(
-                function, spec, report, lambda context: self._desk.post(lambda: self._has_context(run, context))
-            )
+            answer = run_task(function, spec, report, context_made)
             self._desk.post(lambda: self._told(run, answer))
 
         threading.Thread(target=work, name=f"fedloom-task-{run.item.site}", daemon=True).start()

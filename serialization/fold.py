@@ -215,9 +215,7 @@ class Fold:
         Raises:
             FoldError: a result is half in.
         """
-        self._whole()
-        kind = self._tally.kind
-        better = self._sums.better_scales(kind) if kind else {}
+        kind, better = self._verdict()
         if kind is None or not better:
             return Good()
         names = tuple(self.plan.tensors[index].name for index in better)
@@ -245,7 +243,7 @@ class Fold:
         """
         if not self._tally.count:
             raise FoldError("no results to make a model of")
-        if isinstance(self.check(), Rescale):
+        if self._verdict()[1]:
             raise FoldError(
                 "the plan's scales do not hold these results: fold them again with the plan that check() gives"
             )
@@ -320,6 +318,11 @@ class Fold:
     def nbytes(self) -> int:
         """Memory of the float sums, in bytes."""
         return self._sums.nbytes
+
+    def _verdict(self) -> tuple[Kind | None, dict[int, int]]:
+        self._whole()
+        kind = self._tally.kind
+        return kind, self._sums.better_scales(kind) if kind else {}
 
     def _whole(self) -> None:
         if self._open:

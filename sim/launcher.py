@@ -139,13 +139,14 @@ class _Run:
 
         pipeline = Pipeline(warm, settings, self._died.set)
         stack.callback(self._shield.run, lambda: self._leave(pipeline))
-        stack.callback(self._shield.run, warm.close)  # before the files are moved; a second time does no harm
+        stack.callback(self._shield.run, warm.close)  # nobody writes any more when the files are moved
         if self._config.show_progress:
             self._reporter = make_reporter(sys.stderr, key_metric=self._key_metric)
         stack.callback(self._reporter.close)
         self._reporter.show(View(f"starting {len(settings.sites)} sites, {len(settings.slot_envs)} at once"))
         pipeline.start()
         link = self._connect(pipeline, stack)
+        stack.callback(self._shield.run, warm.close)  # whatever ends the run, the processes go first
         client = JobClient(pipeline.endpoint, link=link, timeout_s=_SILENCE_S)
         with _deaths_told(pipeline):
             job_id = client.submit(self._workspace / "job")

@@ -56,6 +56,26 @@ def test_every_folder_with_code_is_a_package() -> None:
             assert (file.parent / "__init__.py").is_file(), f"{relative(file.parent)} has no __init__.py"
 
 
+def test_every_import_is_a_declared_dependency() -> None:
+    """What another dependency happens to bring along may be gone with its next version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["torch"]]
+    names = {re.split(r"[<>=\[; ]", line)[0] for line in declared}
+    known = {"pyzmq": "zmq"}
+    allowed = {known.get(name, name) for name in names} | {"fedloom"} | set(sys.stdlib_module_names)
+    files = [path for top in PACKAGE_DIRS for path in (ROOT / top).rglob("*.py")] + list(ROOT.glob("*.py"))
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Import(names=aliases):
+                    found = {alias.name.split(".")[0] for alias in aliases}
+                case ast.ImportFrom(module=str(module), level=0):
+                    found = {module.split(".")[0]}
+                case _:
+                    continue
+            assert found <= allowed, f"{relative(path)} imports {found - allowed}: declare it in pyproject.toml"
+
+
 def test_only_three_modules_at_the_root() -> None:
     """The repository root is the package: any other module here would be published as fedloom.<name>."""
     assert {path.name for path in ROOT.glob("*.py")} <= ROOT_MODULES

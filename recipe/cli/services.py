@@ -44,17 +44,15 @@ def broker(
     bind = _endpoint(bind)
     from ...broker.service import BrokerConfig, run_broker
 
-    level, json_lines = setup(log_level, log_format)
+    setup(log_level, log_format)
     run_broker(
         BrokerConfig(
             bind=bind,
             store=store.expanduser().resolve(),
-            data_bind=data_bind,
-            advertise=advertise,
-            durability=durability,
+            data_bind=_endpoint(data_bind) if data_bind else "",
+            advertise=advertise or "",
+            durability="power" if durability == "power" else "process",
             insecure=insecure,
-            log_level=level,
-            log_json=json_lines,
         )
     )
 

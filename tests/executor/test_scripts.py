@@ -40,7 +40,9 @@ def test_one_script_lives_over_all_rounds_and_waits_outside_a_slot(broker, make_
     make_agent(sites=("site-1", "site-2"))  # capacity 1: the first site's script must not hold the slot while it waits
     items = []
     for round in range(2):
-        broker.assign((f"a{round}", "site-1"), (f"b{round}", "site-2"), round=round, model=weights(3.0), archive=archive)
+        broker.assign(
+            (f"a{round}", "site-1"), (f"b{round}", "site-2"), round=round, model=weights(3.0), archive=archive
+        )
         items.append([broker.done(f"a{round}"), broker.done(f"b{round}")])
     first, second = items[0][0], items[1][0]
     assert (first.meta["metrics"]["count"], second.meta["metrics"]["count"]) == (1, 2)
@@ -65,7 +67,9 @@ def test_draws_depend_on_the_task_and_not_on_the_process(broker, make_agent, mak
     for job, once in (("stays", True), ("afresh", False)):
         archive = make_job({"client.py": LOOP}, launch_once=once)
         for round in range(2):
-            broker.assign((f"{job}{round}", "site-1"), job=job, round=round, seed=9, model=weights(0.0), archive=archive)
+            broker.assign(
+                (f"{job}{round}", "site-1"), job=job, round=round, seed=9, model=weights(0.0), archive=archive
+            )
             draws[job, round] = broker.done(f"{job}{round}").meta["metrics"]["draw"]
     assert draws["stays", 0] == draws["afresh", 0] and draws["stays", 1] == draws["afresh", 1]
     assert draws["stays", 0] != draws["stays", 1]
@@ -93,7 +97,9 @@ def test_an_external_command_with_the_same_script(broker, make_agent, make_job, 
     _until(lambda: "loop over" in (tmp_path / "work/logs/job-1/site-1.log").read_text())
 
 
-def test_diff_is_taken_on_the_site_even_if_the_received_arrays_were_changed_in_place(broker, make_agent, make_job, weights):
+def test_diff_is_taken_on_the_site_even_if_the_received_arrays_were_changed_in_place(
+    broker, make_agent, make_job, weights
+):
     script = """
 import fedloom.client as flare
 flare.init()
@@ -128,7 +134,9 @@ while flare.is_running():
     archive = make_job({"client.py": script}, params_exchange_format="pytorch", threads_per_task=2)
     make_agent()
     big = torch.arange(40_000, dtype=torch.float32)  # over the inline size: goes as a file
-    broker.assign(("a", "site-1"), model=FLModel(params={"h": torch.ones(3, dtype=torch.bfloat16), "b": big}), archive=archive)
+    broker.assign(
+        ("a", "site-1"), model=FLModel(params={"h": torch.ones(3, dtype=torch.bfloat16), "b": big}), archive=archive
+    )
     item = broker.done("a")
     assert item.payload is not None and item.payload.id == "r-a.1" and item.inline_bytes == 0
     result = broker.result(item, "pytorch")
@@ -139,12 +147,18 @@ while flare.is_running():
 @pytest.mark.parametrize(
     ("body", "code", "words"),
     [
-        ("model = flare.receive()\n    raise ValueError('my own mistake')", "exception", ["client.py", "my own mistake"]),
+        (
+            "model = flare.receive()\n    raise ValueError('my own mistake')",
+            "exception",
+            ["client.py", "my own mistake"],
+        ),
         ("flare.receive()\n    break", "no_result", ["client.py", "without sending", "flare.send()"]),
         ("flare.receive()\n    sys.exit(5)", "exit", ["5"]),
     ],
 )
-def test_a_script_that_goes_wrong_is_a_clear_failure(broker, make_agent, make_job, weights, external, body, code, words):
+def test_a_script_that_goes_wrong_is_a_clear_failure(
+    broker, make_agent, make_job, weights, external, body, code, words
+):
     script = f"import sys\nimport fedloom.client as flare\nflare.init()\nwhile flare.is_running():\n    {body}\n"
     archive = make_job({"client.py": script}, launch_external_process=external)
     make_agent()
@@ -216,7 +230,9 @@ while flare.is_running():
     assert "'w'" in failed.text and "NaN" in failed.text and not failed.retryable
 
 
-def test_site_state_survives_the_script_and_starts_from_the_named_version(broker, make_agent, make_job, weights, tmp_path):
+def test_site_state_survives_the_script_and_starts_from_the_named_version(
+    broker, make_agent, make_job, weights, tmp_path
+):
     script = """
 import os
 import numpy as np
@@ -338,5 +354,3 @@ def _until(true, timeout_s: float = 20.0) -> None:
     while not true():
         assert time.monotonic() < deadline, "did not become true"
         time.sleep(0.02)
-
-

@@ -147,7 +147,7 @@ def test_cancellation() -> None:
 
 
 @pytest.mark.parametrize("kind", ["FULL", "DIFF"])
-@pytest.mark.parametrize("growth", [100.0, 1e6, 1e30])
+@pytest.mark.parametrize("growth", [100.0, 300.0, 1e6, 1e30])
 def test_values_that_grow_within_a_round_are_folded_again(growth: float, kind: str) -> None:
     rng = np.random.default_rng(5)
     base = {"w": rng.standard_normal(500).astype(np.float32), "calm": np.ones(5, np.float32)}
@@ -159,8 +159,10 @@ def test_values_that_grow_within_a_round_are_folded_again(growth: float, kind: s
     results[5] = {"w": (base["w"] * growth).astype(np.float32), "calm": base["calm"]}
     weights = [10.0] * 8
     fold, refolds = run_plan(plan, results, weights, kind)
-    assert refolds == 1
     assert error_bits(fold, results, weights, "w") < -45
+    assert refolds == (growth > 16 * 64 / 10)  # headroom, and the cap on weights: four times the power of two above 10
+    if not refolds:
+        return
     calm_q = fold.plan.exponents(fold.kind or "FULL")[0]
     assert calm_q == plan.exponents(fold.kind or "FULL")[0]  # only the tensor that grew has another scale
     # the same set in another order and through a partial: the same decision, the same plan, the same bits
@@ -215,7 +217,7 @@ def test_float64_at_its_ends(value: float) -> None:
     fold = run(base, results, [1.0, 1.0])
     mean = fold.mean("w")
     if value >= 2.0**-870:  # below, the smallest unit shows
-        assert mean.tolist() == [value, 0.0, value / 2]
+        assert mean.tolist() == pytest.approx([value, 0.0, value / 2], rel=2.0**-48, abs=0)
     fold.finish(base)
     fold.next_plan()
 
