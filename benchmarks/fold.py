@@ -2,8 +2,9 @@
 
     python benchmarks/fold.py [--mib 256] [--runs 5]
 
-Both read a result of one large tensor that is in memory; the medians of the runs are printed. The float32 loop goes through
-a scratch block of 1 MiB, which is the fastest that numpy offers, and checks nothing; the fold finds NaN, Inf and max|x| too.
+Both read a result of one large tensor that is in memory; the medians of the runs are printed. The float32 loop goes
+through a scratch block of 1 MiB, which is the fastest that numpy offers, and checks nothing; the fold finds NaN, Inf
+and max|x| too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from fedloom.serialization.fold import Fold
 from fedloom.serialization.foldplan import FoldPlan
 from fedloom.serialization.model import FLModel
-from fedloom.serialization.payload import EncodedModel, encode_model
+from fedloom.serialization.payload import EncodedModel, decode_model, encode_model
 
 TYPES: dict[str, Any] = {
     "F32": np.float32,
@@ -90,8 +91,7 @@ def add_of(result: EncodedModel) -> Callable[[], object]:
 
 
 def decode_base(result: EncodedModel, blob: bytes) -> dict[str, Any]:
-    from fedloom.serialization.payload import decode_model
-
+    """The result as the global model that it belongs to."""
     return decode_model(blob, framework="numpy", meta=result.meta).params
 
 

@@ -215,7 +215,7 @@ class ControlCore:
     # ------------------------------------------------------------ sessions
 
     def _hello(self, peer: bytes, hello: Hello, tail: bytes, now: float) -> None:
-        sites = names_in(tail, "sites")
+        sites, held = names_in(tail, "sites"), _held(tail)  # before anything is changed
         if hello.role == _JOB:
             self.state.jobs.check(hello.job, hello.claim)
         arrival = self.state.sessions.hello(peer, hello, sites, now, tail)
@@ -232,7 +232,7 @@ class ControlCore:
         self.state.data_replies.append(welcome)
         self.state.reply(session, welcome)
         if session.role == _EXECUTOR:
-            self.tasks.arrived(session, _held(tail), now)
+            self.tasks.arrived(session, held, now)
         elif session.role == _JOB:
             self.state.jobs.session_up(hello.job, hello.claim)
         log.info("session_up", node=session.node, role=session.role, again=arrival.state == "again", sites=len(sites))

@@ -77,6 +77,8 @@ class JobDesk:
                 self.finished(job, now)
             if message.ref:
                 state.reply(session, Answer(message.ref, {"status": job.status}))
+        elif (given := state.jobs.given(session.node, session.hello.boot, message.ref)) is not None:
+            state.reply(session, claimed(given, message.ref))
         else:
             self._waiting[session.id] = message.ref
 
@@ -97,7 +99,7 @@ class JobDesk:
 
     def pump(self, now: float) -> None:
         """Give jobs to the controllers that wait for one."""
-        if not self._state.jobs.tick(now):
+        if not self._waiting or not self._state.jobs.tick(now):
             return
         for session_id, ref in list(self._waiting.items()):
             session = self._state.sessions.by_id.get(session_id)

@@ -59,6 +59,7 @@ class Jobs:
         self.max_jobs = max_jobs
         self.jobs: dict[JobId, Job] = {}
         self.dirty: dict[JobId, Job] = {}
+        self._active: dict[JobId, Job] = {}  # those that have not ended
         self._tokens: dict[str, JobId] = {}
 
     def load(self, jobs: Iterable[Job], now: float) -> None:
@@ -66,6 +67,8 @@ class Jobs:
         for job in jobs:
             self.jobs[job.id] = job
             self._tokens[job.token] = job.id
+            if not job.ended:
+                self._active[job.id] = job
             job.claim_until = now + self.start_s
 
     def get(self, job: str) -> Job:
@@ -99,31 +102,36 @@ class Jobs:
             raise FaultError("too_many", f"{self.max_jobs} jobs are here (max_jobs): start with another store")
         job = Job(job_id, message.token, message.name, message.archive, dict(message.meta), now)
         self.jobs[job_id] = job
+        self._active[job_id] = job
         self._tokens[message.token] = job_id
         self._touch(job)
         return job, True
 
     # ------------------------------------------------------------ claims
 
-    def claim(self, node: str, boot: str, ref: int, now: float, wanted: str = "") -> Job | None:
-        """Give the oldest job that has no process to this controller; None if there is none now.
-
-        A repeated request gets the job that it got before. With ``wanted``, only that job.
-        """
-        by = (node, boot, ref)
-        for job in self.jobs.values():
-            if job.claimed_by == by and job.status == "RUNNING" and not job.lapsed:
-                return job
-        for job in self.jobs.values():
-            if self._claimable(job, now) and wanted in ("", job.id):
+    def claim(self, node: str, boot: str, ref: int, now: float) -> Job | None:
+        """Give the oldest job that has no process to this controller; None if there is none now."""
+        for job in self._active.values():
+            if self._claimable(job, now):
                 job.claim += 1
-                job.claimed_by = by
+                job.claimed_by = (node, boot, ref)
                 job.status = "RUNNING"
                 job.live, job.lapsed = False, False
                 job.claim_until = now + self.start_s
                 self._touch(job)
                 return job
         return None
+
+    def given(self, node: str, boot: str, ref: int) -> Job | None:
+        """The job that this very request was given before: its answer was lost on the way."""
+        return next(
+            (
+                j
+                for j in self.jobs.values()
+                if j.claimed_by == (node, boot, ref) and j.status == "RUNNING" and not j.lapsed
+            ),
+            None,
+        )
 
     def _claimable(self, job: Job, now: float) -> bool:
         if job.status == "SUBMITTED":
@@ -184,14 +192,14 @@ class Jobs:
 
     def controller_gone(self, node: str, now: float) -> None:
         """A controller is dead: its claims whose process never came lapse at once."""
-        for job in self.jobs.values():
+        for job in self._active.values():
             if job.claimed_by[0] == node and not job.live:
                 job.claim_until = min(job.claim_until, now)
 
     def tick(self, now: float) -> bool:
         """Let claims lapse; whether a job can be claimed now."""
         waiting = False
-        for job in self.jobs.values():
+        for job in self._active.values():
             if job.status == "RUNNING" and not job.live and not job.lapsed and now >= job.claim_until:
                 job.lapsed = True
             waiting = waiting or self._claimable(job, now)
@@ -234,6 +242,7 @@ class Jobs:
         """Give the job its final status."""
         job.status, job.reason, job.ended_at = status, reason[: 16 * 1024], now
         job.live, job.lapsed = False, False
+        self._active.pop(job.id, None)
         self._touch(job)
 
     def _touch(self, job: Job) -> None:

@@ -1,24 +1,20 @@
-"""The task machine: who works on what, under which lease, and what happens when they vanish. Pure; times are arguments.
+"""The task machine: gathers over tasks under leases. Pure; times are arguments.
 
-Only the current attempt may settle a task. A lease that has ended but was not given on is still current, so a returning
-owner takes it up again in its Hello. `settle` takes results in; `gathers` holds the data and the rule of closing. What
-has changed is noted in ``dirty_*`` and ``fresh``, which the journal empties once a turn.
+`leases` moves the tasks, `settle` takes results in, `gathers` holds data and the rule of closing; this opens, closes
+and forgets gathers. What has changed is noted in ``dirty_*``, ``fresh`` and the like, which the journal empties once a
+turn.
 """
 
 from __future__ import annotations
 
 import heapq
-import random
-from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
 from ..serialization.errors import FaultError, NondeterministicError
-from ..serialization.messages import Fail, GatherId, JobId, OpenGather, PayloadRef, Site, TaskId, TaskRef
+from ..serialization.messages import GatherId, JobId, OpenGather, PayloadRef, Site, TaskId
 from .gathers import (
-    MAX_FAILURE_TEXT,
-    FreshResult,
     Gather,
     Task,
     choose_sites,
@@ -29,83 +25,13 @@ from .gathers import (
     task_id,
     verdict,
 )
+from .leases import Leases, Limits, Owner, SiteState
 
 __all__ = ["Ledger", "Limits", "Owner", "SiteState"]
 
-_KILLED_DEAD = 3
-_BACKOFF_MAX_S = 60.0
 
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How far the ledger may grow, and the pace of redelivery."""
-
-    max_tasks: int = 200_000  # tasks a gather
-    max_gathers: int = 1_000  # gathers a job may have before it commits
-    retry_s: float = 1.0  # the first backoff; doubled with each try, jittered by half either way
-
-
-@dataclass(slots=True)
-class Owner:
-    """An executor's node as the ledger sees it."""
-
-    node: str
-    sites: frozenset[str]
-    capacity: int
-    seen: float
-    leased: set[TaskId] = field(default_factory=set[TaskId])
-    unaccepted: int = 0
-    parked: int = 0  # accepted tasks that occupy no slot any more: their result waits in an unsent partial, or uploads
-    ready: deque[TaskId] = field(default_factory=deque[TaskId])
-
-    @property
-    def room(self) -> int:
-        """How many more tasks it can take."""
-        return self.capacity - (len(self.leased) - self.parked)
-
-    def report(self, free: int) -> None:
-        """Its own word on its free slots. Links keep order: what it has not accepted yet is not in its count."""
-        accepted = len(self.leased) - self.unaccepted
-        self.parked = max(0, min(accepted, accepted - (self.capacity - min(free, self.capacity))))
-
-
-@dataclass(frozen=True, slots=True)
-class SiteState:
-    """What a site remembers of a job: the current version's name, and how many tasks it has settled."""
-
-    version: str = ""
-    settled: int = 0
-    last: str = ""  # the task settled last, a redo counting as its original
-
-
-class Ledger:
+class Ledger(Leases):
     """All gathers that are not committed yet, their tasks and leases."""
-
-    def __init__(self, limits: Limits | None = None, seed: int | None = None) -> None:
-        self.limits = limits or Limits()
-        self.gathers: dict[GatherId, Gather] = {}
-        self.tasks: dict[TaskId, Task] = {}
-        self.owners: dict[str, Owner] = {}
-        self.node_of: dict[Site, str] = {}
-        self.down_since: dict[Site, float] = {}
-        self.site_states: dict[tuple[JobId, Site], SiteState] = {}
-        #: stale attempts to tell their owners of: (node, job, attempt)
-        self.cancels: list[tuple[str, JobId, TaskRef]] = []
-        #: tasks that have failed or died, for the job's events
-        self.bad_ends: list[Task] = []
-        self.fresh: list[FreshResult] = []
-        self.dirty_tasks: dict[TaskId, Task] = {}
-        self.dirty_gathers: dict[GatherId, Gather] = {}
-        self.dirty_sites: set[tuple[JobId, Site]] = set()
-        self.released: list[GatherId] = []
-        #: gathers that lost results on the disk, and which they keep
-        self.rewrites: list[tuple[GatherId, list[int]]] = []
-        self.started_at = 0.0
-        self._random = random.Random(seed)
-        self._unended: defaultdict[Site, set[TaskId]] = defaultdict(set)
-        self._timers: list[tuple[float, str, str]] = []
-
-    # ------------------------------------------------------------ gathers
 
     def open(self, message: OpenGather, sites: Sequence[str], now: float) -> Gather:
         """Open a gather, or find the one that is recorded under the same key.
@@ -132,7 +58,7 @@ class Ledger:
         self.gathers[gid] = gather
         self.dirty_gathers[gid] = gather
         for when in next_check(gather):
-            self._timer(when, "gather", gid)
+            self.timer(when, "gather", gid)
         if gather.sites_known:
             chosen = choose_sites(sites, message.sample, message.seed, message.round, message.step)
             self._start(gather, gather.requested if len(chosen) == len(sites) else chosen, now)
@@ -158,7 +84,7 @@ class Ledger:
             self.dirty_gathers[gather.id] = gather
             for task in gather.tasks.values():
                 if task.status == "queued":
-                    self._enqueue(task, now)
+                    self.enqueue(task, now)
 
     def _try_start(self, gather: Gather, now: float) -> None:
         """Draw the sites of a waiting gather once enough of them are connected, or the wait is over."""
@@ -191,23 +117,7 @@ class Ledger:
         self.gathers[gather.id] = gather
         if gather.live:
             for when in next_check(gather):
-                self._timer(max(now, when), "gather", gather.id)
-
-    def adopt_task(self, gather: Gather, task: Task, now: float) -> None:
-        """Take a new or journaled task into all indexes."""
-        gather.tasks[task.id] = task
-        self.tasks[task.id] = task
-        if task.ended:
-            return
-        gather.left += 1
-        self._unended[task.site].add(task.id)
-        if task.site not in self.node_of:
-            since = self.down_since.setdefault(task.site, now)
-            self._timer(max(since, gather.opened_at) + gather.spec.rule.sites_s, "gone", task.id)
-        if task.status == "queued":
-            self._enqueue(task, now)
-        else:
-            self._timer(task.until, "lease", task.id)
+                self.timer(max(now, when), "gather", gather.id)
 
     def check(self, gather: Gather, now: float) -> None:
         """Apply the rule of closing."""
@@ -218,7 +128,7 @@ class Ledger:
         if not had_quorum and gather.quorum_at is not None:
             self.dirty_gathers[gather.id] = gather
             for when in next_check(gather):
-                self._timer(when, "gather", gather.id)
+                self.timer(when, "gather", gather.id)
         if state != "open":
             self._finish(gather, state, reason)
 
@@ -281,202 +191,6 @@ class Ledger:
         self.fresh = [f for f in self.fresh if f.gather not in ids]
         return gone
 
-    def site_state(self, job: JobId, site: Site) -> SiteState:
-        """The site's current state version of a job."""
-        return self.site_states.get((job, site), SiteState())
-
-    # ------------------------------------------------------------ owners and sites
-
-    def owner_up(self, node: str, sites: Iterable[str], capacity: int, now: float) -> None:
-        """An executor connected (again) and serves these sites."""
-        owner = self.owners.get(node) or Owner(node, frozenset(), capacity, now)
-        self.owners[node] = owner
-        for site in owner.sites.difference(sites):
-            self._site_down(Site(site), now)
-        owner.sites, owner.capacity, owner.seen = frozenset(sites), capacity, now
-        owner.ready.clear()
-        owner.parked = 0
-        for site in sorted(owner.sites):
-            self.node_of[Site(site)] = node
-            self.down_since.pop(Site(site), None)
-        for site in sorted(owner.sites):
-            for tid in sorted(self._unended.get(Site(site), ()), key=lambda t: self.tasks[t].ordinal):
-                if self.tasks[tid].status == "queued":
-                    self._enqueue(self.tasks[tid], now)
-        for gather in list(self.gathers.values()):
-            if gather.state == "waiting":
-                self._try_start(gather, now)
-
-    def owner_gone(self, node: str, now: float, *, polite: bool = False) -> None:
-        """An executor's session ended: its tasks are queued again, its sites are down."""
-        owner = self.owners.pop(node, None)
-        if owner is None:
-            return
-        for site in owner.sites:
-            self._site_down(Site(site), now)
-        for tid in list(owner.leased):
-            self._requeue(self.tasks[tid], now, "executor_gone", f"{node} left", counted=not polite, delay=None)
-
-    def _site_down(self, site: Site, now: float) -> None:
-        self.node_of.pop(site, None)
-        self.down_since[site] = now
-        for tid in self._unended.get(site, ()):
-            task = self.tasks[tid]
-            self._timer(now + self.gathers[task.gather].spec.rule.sites_s, "gone", tid)
-
-    def renew(self, node: str, now: float) -> None:
-        """Traffic of an executor: the leases of what it has accepted go on."""
-        owner = self.owners.get(node)
-        if owner is not None:
-            owner.seen = now
-
-    # ------------------------------------------------------------ leases
-
-    def assign(self, node: str, most: int, now: float) -> list[Task]:
-        """Lease up to ``most`` queued tasks of the executor's sites to it, as far as it has room."""
-        owner = self.owners[node]
-        out: list[Task] = []
-        while owner.ready and len(out) < most and owner.room > 0:
-            task = self.tasks.get(owner.ready.popleft())
-            if task is None or task.status != "queued" or task.ready_at > now or self.node_of.get(task.site) != node:
-                continue
-            gather = self.gathers[task.gather]
-            if gather.blocked:
-                continue
-            task.attempt += 1
-            if not gather.spec.redo:
-                task.base = self.site_state(gather.job, task.site).version
-            self._lease(task, owner, now, accepted=False)
-            out.append(task)
-        return out
-
-    def _lease(self, task: Task, owner: Owner, now: float, *, accepted: bool) -> None:
-        lease_s = self.gathers[task.gather].spec.lease_s
-        task.status, task.owner, task.accepted, task.until = "leased", owner.node, accepted, now + lease_s
-        owner.leased.add(task.id)
-        owner.unaccepted += not accepted
-        self.dirty_tasks[task.id] = task
-        self._timer(task.until, "lease", task.id)
-
-    def _unlease(self, task: Task) -> None:
-        owner = self.owners.get(task.owner)
-        if owner is not None and task.id in owner.leased:
-            owner.leased.discard(task.id)
-            owner.unaccepted -= not task.accepted
-            owner.parked = max(0, owner.parked - 1)
-
-    def current(self, node: str, ref: TaskRef) -> Task | None:
-        """The task, if this attempt is the current one, not ended, and this node's."""
-        task = self.tasks.get(ref.task)
-        if task is None or task.ended or task.attempt != ref.attempt or task.owner != node:
-            return None
-        return task
-
-    def accept(self, node: str, refs: Iterable[TaskRef], now: float) -> None:
-        """The executor works on these; what is not its own any more is cancelled."""
-        owner = self.owners[node]
-        for ref in refs:
-            task = self.current(node, ref)
-            if task is None:
-                self._cancel_stale(node, ref)
-            elif task.status == "queued":
-                self._lease(task, owner, now, accepted=True)
-            elif not task.accepted:
-                task.accepted = True
-                owner.unaccepted -= 1
-
-    def decline(self, node: str, refs: Iterable[TaskRef], retry_after_s: float, now: float) -> None:
-        """The executor will not work on these: queued again, which counts as no try."""
-        for ref in refs:
-            task = self.current(node, ref)
-            if task is not None and task.status == "leased":
-                self._requeue(task, now, "declined", "", counted=False, delay=max(0.05, retry_after_s))
-
-    def adopt(self, node: str, held: Iterable[TaskRef], now: float) -> None:
-        """A returning executor's word on what it holds: those leases go on, its others are queued again."""
-        owner = self.owners[node]
-        kept: set[TaskId] = set()
-        for ref in held:
-            task = self.current(node, ref)
-            if task is not None:
-                kept.add(task.id)
-                if task.status == "queued":
-                    self._lease(task, owner, now, accepted=True)
-                    continue
-                if task.id not in owner.leased:  # known only by the journal, after the broker's own restart
-                    owner.leased.add(task.id)
-                elif not task.accepted:
-                    owner.unaccepted -= 1
-                task.accepted = True
-                continue
-            ended = self.tasks.get(ref.task)
-            if ended is None or ended.status != "done" or ended.attempt != ref.attempt:
-                self._cancel_stale(node, ref)
-        lost = [t for t in self.tasks.values() if t.status == "leased" and t.owner == node and t.id not in kept]
-        for task in lost:
-            self._requeue(task, now, "executor_restarted", f"{node} does not hold it", counted=True, delay=None)
-
-    def fail(self, node: str, message: Fail, now: float) -> bool:
-        """An attempt failed; False where it was not current and nothing changed."""
-        task = self.current(node, TaskRef(message.task, message.attempt))
-        if task is None:
-            return False
-        text = message.text[-MAX_FAILURE_TEXT:]
-        task.killed += message.killed
-        if task.killed >= _KILLED_DEAD:
-            self._end_bad(task, "dead", "killed", f"it took {task.killed} processes down; the last said: {text}", now)
-        elif message.retryable:
-            self._requeue(task, now, message.code, text, counted=True, delay=0.0)
-        else:
-            self._end_bad(task, "failed", message.code, text, now)
-        return True
-
-    def requeue(self, node: str, ref: TaskRef, code: str, text: str, now: float) -> bool:
-        """Queue a task again whose result cannot be used; False where the attempt was not current."""
-        task = self.current(node, ref)
-        if task is not None:
-            self._requeue(task, now, code, text, counted=True, delay=None)
-        return task is not None
-
-    def _requeue(self, task: Task, now: float, code: str, text: str, *, counted: bool, delay: float | None) -> None:
-        """Back to the queue. ``delay`` None: at once the first time (nothing says that the task is to blame)."""
-        if task.ended:
-            return
-        gather = self.gathers[task.gather]
-        self._unlease(task)
-        task.status, task.accepted = "queued", False
-        task.code, task.text = code, text or task.text
-        self.dirty_tasks[task.id] = task
-        if counted:
-            task.tries += 1
-            if task.tries >= gather.spec.max_attempts:
-                said = f"; the last: {task.text}" if task.text else ""
-                self._end_bad(task, "dead", "max_attempts", f"{task.tries} attempts failed ({code}){said}", now)
-                return
-            if delay == 0.0 or (delay is None and task.tries > 1):
-                delay = min(_BACKOFF_MAX_S, self.limits.retry_s * 2 ** min(task.tries - 1, 10))
-                delay *= 0.5 + self._random.random()
-        self._enqueue(task, now, delay or 0.0)
-
-    def _end_bad(self, task: Task, status: Literal["failed", "dead"], code: str, text: str, now: float) -> None:
-        gather = self.gathers[task.gather]
-        task.code, task.text = code, text[:MAX_FAILURE_TEXT]
-        gather.failed.append(task.id)
-        self.bad_ends.append(task)
-        self.end_task(gather, task, status)
-        self.check(gather, now)
-
-    def end_task(self, gather: Gather, task: Task, status: Literal["done", "failed", "cancelled", "dead"]) -> None:
-        """The task's end: out of the queues and leases."""
-        self._unlease(task)
-        task.status = status
-        gather.left -= 1
-        self.dirty_tasks[task.id] = task
-        unended = self._unended[task.site]
-        unended.discard(task.id)
-        if not unended:
-            del self._unended[task.site]
-
     def lose_results(self, gather: Gather, gone: set[int], now: float) -> None:
         """Results went with their payloads: their tasks are queued again, the others are numbered anew.
 
@@ -498,53 +212,29 @@ class Ledger:
             self.dirty_tasks[task.id] = task
             self.adopt_task(gather, task, now)
         for when in next_check(gather):
-            self._timer(max(now, when), "gather", gather.id)
+            self.timer(max(now, when), "gather", gather.id)
 
-    def _cancel_stale(self, node: str, ref: TaskRef) -> None:
-        task = self.tasks.get(ref.task)
-        self.cancels.append((node, self.gathers[task.gather].job if task else JobId(""), ref))
+    # ------------------------------------------------------------ owners and time
 
-    def _enqueue(self, task: Task, now: float, delay: float = 0.0) -> None:
-        if delay > 0:
-            task.ready_at = now + delay
-            self._timer(task.ready_at, "ready", task.id)
-            return
-        owner = self.owners.get(self.node_of.get(task.site, ""))
-        if owner is not None:
-            owner.ready.append(task.id)
-
-    # ------------------------------------------------------------ time
-
-    def _timer(self, when: float, kind: str, key: str) -> None:
-        heapq.heappush(self._timers, (when, kind, key))
-
-    @property
-    def next_at(self) -> float | None:
-        """When `tick` has something to do next."""
-        return self._timers[0][0] if self._timers else None
+    def owner_up(self, node: str, sites: Iterable[str], capacity: int, now: float) -> None:
+        """An executor connected (again) and serves these sites: gathers may wait for them."""
+        super().owner_up(node, sites, capacity, now)
+        for gather in list(self.gathers.values()):
+            if gather.state == "waiting":
+                self._try_start(gather, now)
 
     def tick(self, now: float) -> None:
         """Everything whose time has come: leases, backoffs, lost sites, deadlines."""
-        while self._timers and self._timers[0][0] <= now:
-            _, kind, key = heapq.heappop(self._timers)
-            if kind == "gather":
-                gather = self.gathers.get(GatherId(key))
-                if gather is not None and gather.state == "waiting":
-                    self._check_waiting(gather, now)
-                elif gather is not None:
-                    self.check(gather, now)
+        while self.timers and self.timers[0][0] <= now:
+            _, kind, key = heapq.heappop(self.timers)
+            if kind != "gather":
+                self.task_due(kind, TaskId(key), now)
                 continue
-            task = self.tasks.get(TaskId(key))
-            if task is None or task.ended:
-                continue
-            match kind:
-                case "lease":
-                    self._lease_due(task, now)
-                case "ready":
-                    if task.status == "queued" and task.ready_at <= now:
-                        self._enqueue(task, now)
-                case _:
-                    self._gone_due(task, now)
+            gather = self.gathers.get(GatherId(key))
+            if gather is not None and gather.state == "waiting":
+                self._check_waiting(gather, now)
+            elif gather is not None:
+                self.check(gather, now)
 
     def _check_waiting(self, gather: Gather, now: float) -> None:
         deadline_s = gather.spec.rule.deadline_s
@@ -552,27 +242,3 @@ class Ledger:
             self._finish(gather, "failed", f"no sites were chosen before the deadline of {deadline_s:g} s")
         else:
             self._try_start(gather, now)
-
-    def _lease_due(self, task: Task, now: float) -> None:
-        if task.status != "leased":
-            return
-        owner = self.owners.get(task.owner)
-        if owner is not None and task.accepted:
-            task.until = max(task.until, owner.seen + self.gathers[task.gather].spec.lease_s)
-        if task.until > now:
-            self._timer(task.until, "lease", task.id)
-            return
-        counted = task.accepted or owner is None
-        self._requeue(task, now, "lease", f"{task.owner} went silent", counted=counted, delay=None)
-
-    def _gone_due(self, task: Task, now: float) -> None:
-        since = self.down_since.get(task.site)
-        gather = self.gathers[task.gather]
-        if since is None:
-            return
-        due = max(since, gather.opened_at, self.started_at) + gather.spec.rule.sites_s
-        if due > now:
-            self._timer(due, "gone", task.id)
-            return
-        text = f"no executor has served {task.site} for {gather.spec.rule.sites_s:g} s"
-        self._end_bad(task, "dead", "site_gone", text, now)

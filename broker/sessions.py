@@ -18,6 +18,9 @@ from ..serialization.messages import Hello, Message
 
 __all__ = ["Arrival", "Session", "Sessions", "Timing"]
 
+#: How soon a send to a closed connection is known to have failed.
+_PROBE_S = 0.3
+
 #: A message on its way out: the message and its tail.
 Outgoing = tuple[Message, bytes]
 
@@ -198,9 +201,15 @@ class Sessions:
         for waiting in list(self._waiting.values()):
             rivals = self._rivals(waiting.hello, waiting.sites)
             alive = [s for s in rivals if s.lost_at is None or now - s.lost_at < self.timing.takeover_s]
-            standing = [s for s in alive if s.lost_at is None]
+            since = waiting.since
+            # alive is who spoke since, or whose connection took what we sent it
+            standing = [
+                s
+                for s in alive
+                if s.lost_at is None and (s.seen > since or (s.probed_at >= since and now - s.probed_at >= _PROBE_S))
+            ]
             fault: FaultError | None = None
-            if standing and now - waiting.since >= 0.3:
+            if standing:
                 what = f"node {waiting.hello.node!r}" if standing[0].node == waiting.hello.node else "a site of it"
                 fault = _taken(what, standing[0])
             elif alive:

@@ -97,7 +97,7 @@ def _run(link: Link, inbox: Inbox, claimed: Claimed, work: Path) -> tuple[Status
     except (JobAborted, FencedError, LinkError):
         raise
     except FedloomError as error:
-        log.error("job_failed", error=type(error).__name__, reason=str(error))
+        log.error("job_failed", error=type(error).__name__, reason=str(error).partition("\n")[0])
         return "FINISHED:FAILED", str(error)[: 15 * 1024]
     except Exception:  # noqa: BLE001 - the job's own code may raise anything, and its traceback is the answer
         text = traceback.format_exc()

@@ -113,9 +113,12 @@ class Channel:
             raise LinkError(f"the executor's channel {path} cannot be reached ({error}): it has ended") from None
         sock.settimeout(None)
         channel = cls(sock)
-        channel.send(
-            {"op": "hello", "token": token, "host": environ.get(ENV_HOST, ""), "role": role, "pid": os.getpid()}
-        )
+        hello = {"op": "hello", "token": token, "host": environ.get(ENV_HOST, ""), "role": role, "pid": os.getpid()}
+        try:
+            channel.send(hello)
+        except LinkError:
+            channel.close()
+            raise
         return channel
 
     def send(self, message: Mapping[str, Any]) -> None:

@@ -185,6 +185,7 @@ class ClientContext:
                     case _:
                         pass
         except FedloomError:
+            self._channel.close()
             self._stopped.set()
             self._inbox.put({"op": "stop"})
             self._on_lost()
@@ -307,10 +308,13 @@ def init(rank: str | int | None = None, config_file: str | None = None) -> None:
             "this script is not part of a fedloom run. It is started by an executor: run its job with"
             " `fedloom sim job.py`, or `recipe.execute(SimEnv(...))`, or submit it with `fedloom job submit`"
         )
+    channel: Channel | None = None
     try:
         channel = Channel.connect(os.environ, "client")
         settings = channel.receive(_HELLO_S)
     except LinkError as error:
+        if channel is not None:
+            channel.close()
         raise ClientError(f"flare.init(): {error}") from None
     context = ClientContext(channel, settings, on_lost=_die)
     install(context)

@@ -171,8 +171,8 @@ def raise_failure(result: SimResult) -> None:
         error = FedloomError(f"job {result.job_id} was aborted{': ' if result.reason else ''}{result.reason}")
     elif failure is not None:
         error = TaskError(failure.site, failure.text)
-        if result.reason and result.reason not in failure.text:
-            error.add_note(result.reason)
+        if why := result.reason.partition("\n")[0]:  # what follows in the reason is that traceback again
+            error.add_note(why)
     else:
         error = GatherError(result.reason or f"job {result.job_id} ended as {result.status}")
     if result.result_dir.is_dir():

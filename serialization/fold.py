@@ -265,11 +265,7 @@ class Fold:
         return self._sums.mean_of(index)
 
     def magnitudes(self) -> Magnitudes:
-        """What the next plan's scales are chosen from; after `finish`.
-
-        Raises:
-            FoldError: the fold is not finished.
-        """
+        """What the next plan's scales are chosen from. Raises FoldError before `finish`."""
         if self._built is None:
             raise FoldError("magnitudes are known after finish()")
         equal = self._tally.equal and not self.plan.aggregation_weights

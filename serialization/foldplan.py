@@ -29,8 +29,9 @@ Kind = Literal["FULL", "DIFF"]
 
 #: The meta key that holds a result's number of steps, which is its weight.
 WEIGHT_KEY: Final = "NUM_STEPS_CURRENT_ROUND"
-#: The largest weight that the first round expects.
-FIRST_WEIGHT_CAP: Final = 1e6
+#: The largest weight that the first round expects. With the headroom a weight of 10^6 may still come with four times
+#: the expected magnitude; and with all weights 1 there are 28 bits below that, so that no error reaches 2^-28.
+FIRST_WEIGHT_CAP: Final = 2.0**18
 #: With more results a total of 2^51 units would be under 2^24 units a result, and no scale good.
 MAX_RESULTS: Final = 1 << (RESULT_BITS - RESOLUTION_BITS - 1)
 MAX_PLAN_BYTES: Final = 256 * 1024 * 1024
@@ -81,10 +82,8 @@ class FoldPlan:
 
     Attributes:
         tensors: the global model's layout, sorted by name.
-        q_full: a tensor's scale for FULL results is 2^q.
-        q_diff: the same for DIFF results.
-        r_full: the magnitudes that q_full was chosen for, R.
-        r_diff: the same for q_diff.
+        q_full, q_diff: a tensor's scale for FULL and for DIFF results is 2^q.
+        r_full, r_diff: the magnitudes that these were chosen for, R.
         base_max: max|x| of the global model a tensor.
         weight_cap: the largest weight that the scales were chosen for. A larger one is allowed.
         tasks: the most results that the scales were chosen for. More are allowed.
@@ -144,10 +143,7 @@ class FoldPlan:
             base: the global model, flat: name to array (numpy or torch). Its values are looked at once.
             tasks: the most results that the round may have.
             weight_cap: the largest weight to expect.
-            aggregation_weights: a site's factor on its weight.
-            exclude: a regular expression; tensors that it is found in keep their global values.
-            weight_key: the meta key of a result's number of steps.
-            exact: False for a float32 running mean: half the memory, faster, order-dependent.
+            aggregation_weights, exclude, weight_key, exact: as the attributes.
 
         Raises:
             LayoutError: a tensor that cannot be averaged (complex numbers), or no tensors.
@@ -221,7 +217,7 @@ class FoldPlan:
 
     @property
     def digest(self) -> str:
-        """64 hex digits, equal for equal plans: the digest of `to_bytes` as a payload."""
+        """64 hex digits, equal for equal plans: the digest of `to_bytes`."""
         return digest_buffers([self.to_bytes()])
 
     def to_bytes(self) -> bytes:

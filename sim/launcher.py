@@ -208,7 +208,7 @@ class _Run:
             info.status,
             info.round,
             info.rounds,
-            int(gather.get("results") or 0),
+            int(gather.get("done") or gather.get("results") or 0),
             int(gather.get("tasks") or 0),
             metrics_of(last),
             rate_of(last),

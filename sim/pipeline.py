@@ -92,7 +92,7 @@ class Pipeline:
                 **common,
                 "warm": str(self._warm.path),
                 "job_log": str(self.log_dir / "job.log"),
-                "job_env": dict(settings.env.get("job", {})),
+                "job_env": {"TMPDIR": str(self._warm.run_dir), **settings.env.get("job", {})},
             },
         )
         self._fork(

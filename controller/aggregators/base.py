@@ -1,8 +1,8 @@
 """What an aggregator is: a rule that plans a round, and the aggregate that takes the round's results.
 
 An aggregator holds options and no state of a round, so that a controller that takes a job over makes the same one from
-the job's folder. Aggregators compose by holding one another: a server optimizer starts its inner aggregator's aggregate and
-steps with what that finishes with.
+the job's folder. Aggregators compose by holding one another: a server optimizer starts its inner aggregator's aggregate
+and steps with what that finishes with.
 """
 
 from __future__ import annotations

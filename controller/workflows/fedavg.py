@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import structlog
 
 from ...serialization.errors import JobError
 from ...serialization.foldplan import FoldPlan
@@ -18,8 +17,6 @@ from ..federation import Federation
 from ..folding import Folding
 from ..records import RoundRecord
 from ..workflow import Workflow
-
-log = structlog.get_logger(__name__)
 
 #: Results to plan for where the number of sites is not known before they connect; more do no harm.
 MOST_TASKS = 2048
@@ -101,10 +98,6 @@ class FedAvg(Workflow):
             )
             fold = self.aggregator.start(model, plan, master=memory.master)
             fold = Folding(fed, gather, fold, record, checkpoint_bytes=self.checkpoint_bytes).run()
-            if fold.equal_weights:
-                log.info(
-                    "equal_weights", round=round, reason="no result has NUM_STEPS_CURRENT_ROUND: each counts as one"
-                )
             received, model = model, fold.finish()
             scored = fold.metrics
             model.metrics = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -10,6 +12,7 @@ from torch.utils.data import TensorDataset
 NUM_SITES = 8
 
 
+@cache
 def load() -> tuple[TensorDataset, TensorDataset]:
     """1,442 images to train on, and a fifth of each digit, 355, held out; always the same ones. Pixels are 0 to 1."""
     images, labels = load_digits(return_X_y=True)

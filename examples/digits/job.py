@@ -65,7 +65,7 @@ def main() -> None:
 
     print()
     print(f"job {run.get_job_id()}: {status}")
-    print(f"  held-out accuracy, trained by {NUM_SITES} sites:          {accuracy(model, held_out):.4f}")
+    print(f"  held-out accuracy, trained by {NUM_SITES} sites:                 {accuracy(model, held_out):.4f}")
     print(f"  held-out accuracy, trained with all data in one place: {accuracy(central, held_out):.4f}")
     print(f"  global model: {result / 'model.safetensors'}")
     print(f"  every round:  {result / 'metrics.jsonl'}")

@@ -88,7 +88,7 @@ def fold_of(plan: FoldPlan, results: list[EncodedModel]) -> Fold:
     return fold
 
 
-# --- order and grouping ------------------------------------------------------------------------------------------------
+# --- order and grouping ---------------------------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None)
@@ -174,7 +174,7 @@ def test_bytes_files_and_encoded_models_are_the_same(tmp_path: Path) -> None:
     path.write_bytes(results[0].tobytes())
     fold.add(path, site="site-0", meta=results[0].meta)
     fold.add(results[1].tobytes(), site="site-1")  # says itself what its plain side is
-    fold.add(b"?" + results[2].tobytes() and memoryview(results[2].tobytes()), site="site-2")
+    fold.add(memoryview(results[2].tobytes()), site="site-2")
     assert bits(fold) == bits(fold_of(plan, results))
     odd = memoryview(b"?" + results[2].tobytes())[1:]  # not aligned
     fold.remove(odd, site="site-2")
@@ -182,7 +182,7 @@ def test_bytes_files_and_encoded_models_are_the_same(tmp_path: Path) -> None:
     assert bits(fold) == bits(fold_of(plan, results))
 
 
-# --- bad results -------------------------------------------------------------------------------------------------------
+# --- bad results ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -270,7 +270,7 @@ def test_layout_mistakes_are_named() -> None:
     assert fold.count == 0
 
 
-# --- kinds, weights, metrics -------------------------------------------------------------------------------------------
+# --- kinds, weights, metrics ----------------------------------------------------------------------
 
 
 def test_full_and_diff_do_not_mix() -> None:
@@ -390,7 +390,7 @@ def test_results_without_tensors_count_for_metrics() -> None:
     assert fold.metrics == {"acc": 0}
 
 
-# --- finishing ---------------------------------------------------------------------------------------------------------
+# --- finishing ------------------------------------------------------------------------------------
 
 
 def test_bools_are_carried_over_and_nesting_is_kept() -> None:
@@ -422,8 +422,20 @@ def test_a_value_that_the_type_cannot_hold_is_refused() -> None:
     base = {"w": np.full(2, 60000, np.float16)}
     fold = Fold(FoldPlan.first(base, tasks=1))
     add(fold, base, params_type="DIFF")
-    with pytest.raises(ValuesError, match="'w'.*120000.*F16"):
+    with pytest.raises(ValuesError, match=r"'w'.*120000.*F16"):
         fold.finish(base)
+
+
+def test_torch_models_are_folded_as_they_are() -> None:
+    torch = pytest.importorskip("torch")
+    base = {"w": torch.ones(4, 3).T, "h": torch.zeros(5, dtype=torch.bfloat16), "n": torch.tensor(2)}
+    fold = Fold(FoldPlan.first(base, tasks=2))
+    for value in (1, 2):
+        add(fold, {"w": base["w"] * value, "h": base["h"] + value, "n": base["n"] * value}, site=str(value))
+    params = fold.finish(base).params
+    assert params["w"].tolist() == [[1.5] * 4] * 3
+    assert params["h"].astype(np.float32).tolist() == [1.5] * 5
+    assert params["n"].tolist() == 3
 
 
 def test_nothing_to_finish_and_a_wrong_base() -> None:

@@ -25,7 +25,9 @@ def encode(params: Params, weight: float | None, kind: str) -> EncodedModel:
     return encode_model(FLModel(params=params, params_type=kind, meta=meta))  # pyright: ignore[reportArgumentType]
 
 
-def run(base: Params, results: list[Params], weights: list[float] | None = None, kind: str = "FULL", **plan: Any) -> Fold:
+def run(
+    base: Params, results: list[Params], weights: list[float] | None = None, kind: str = "FULL", **plan: Any
+) -> Fold:
     """Fold, at most twice: what check() gives must do."""
     first = FoldPlan.first(base, tasks=len(results), **plan)
     return run_plan(first, results, weights, kind)[0]
@@ -64,7 +66,8 @@ def error_bits(fold: Fold, results: list[Params], weights: list[float] | None, n
 
 def clients(rng: np.random.Generator, base: Params, count: int, spread: float = 0.5) -> list[Params]:
     return [
-        {k: (v * (1 + spread * rng.standard_normal(v.shape))).astype(v.dtype) for k, v in base.items()} for _ in range(count)
+        {k: (v * (1 + spread * rng.standard_normal(v.shape))).astype(v.dtype) for k, v in base.items()}
+        for _ in range(count)
     ]
 
 
@@ -82,6 +85,15 @@ def test_a_thousand_clients_of_weight_one() -> None:
     again, refolds = run_plan(fold.next_plan(), results, None, "FULL")
     assert refolds == 0
     assert all(error_bits(again, results, None, name) < -45 for name in base)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.001, 1.999])
+def test_a_thousand_equal_results_whose_roundings_all_add_up(scale: float) -> None:
+    base = {"w": (scale * np.random.default_rng(8).random(5000)).astype(np.float32)}
+    base["w"][0] = scale
+    fold, refolds = run_plan(FoldPlan.first(base, tasks=1000), [base] * 1000, None, "FULL")
+    assert refolds == 0
+    assert error_bits(fold, [base], None, "w") < -28
 
 
 @pytest.mark.parametrize("kind", ["FULL", "DIFF"])
@@ -116,7 +128,8 @@ def test_tensors_that_start_at_zero(kind: str) -> None:
     rng = np.random.default_rng(3)
     base = {"w": rng.standard_normal(100).astype(np.float32), "bias": np.zeros(100, np.float32)}
     results = [
-        {"w": base["w"] * np.float32(0.9), "bias": (1e-5 * rng.standard_normal(100)).astype(np.float32)} for _ in range(1000)
+        {"w": base["w"] * np.float32(0.9), "bias": (1e-5 * rng.standard_normal(100)).astype(np.float32)}
+        for _ in range(1000)
     ]
     fold = run(base, results, kind=kind)
     assert error_bits(fold, results, None, "bias") < -28

@@ -35,7 +35,7 @@ def add(total: IntSum, values: Any, weight: float, *, subtract: bool = False) ->
 weights = st.one_of(st.integers(1, 10**6).map(float), st.floats(2.0**-64, 2.0**64), st.just(1.0))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data(), name=st.sampled_from(sorted(TYPES)))
 def test_means_are_exact_in_any_order(data: st.DataObject, name: str) -> None:
     info = np.iinfo(TYPES[name])
@@ -66,7 +66,7 @@ def test_means_are_exact_in_any_order(data: st.DataObject, name: str) -> None:
     assert (lowest, [limb.tolist() for limb in limbs]) == (again, [limb.tolist() for limb in theirs])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     base=st.lists(st.integers(-(2**40), 2**40), min_size=1, max_size=5),
     step=st.integers(-(2**20), 2**20),

@@ -1,4 +1,4 @@
-"""Plans: made of a model, carried on from round to round, equal on both sides of the wire; and partials that do not fit."""
+"""Plans: made of a model, carried on from round to round, equal on both sides; and partials that do not fit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_first_scales_come_from_the_model() -> None:
     assert plan.r_full == (4 / 64, 4 / 64, 4 / 64, 4.0)
     # 16 * 4 * 2^q <= 2^51 (and 10 times that <= 2^62)
     assert plan.q_full[3] == plan.q_diff[3] == 45
-    assert make_plan().q_full[3] == 45 - 20
+    assert make_plan().q_full[3] == 45 - 18
     assert make_plan(weight_cap=1.0).sized(1 << 20).q_full[3] == 45 - 9
     assert FoldPlan.first({"w": np.zeros(2, np.float32)}, tasks=1).r_full == (2.0**-10,)
 
@@ -124,7 +124,7 @@ def test_bytes_that_are_nothing() -> None:
             FoldPlan.from_bytes(data)
 
 
-# --- partials that do not fit ------------------------------------------------------------------------------------------
+# --- partials that do not fit ---------------------------------------------------------------------
 
 
 def partial_of(plan: FoldPlan, **fields: Any) -> bytes:

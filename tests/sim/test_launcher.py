@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -227,15 +228,34 @@ sys.exit(0 if result.completed else 1)
 """
 
 
-def launch(job: Path, tmp_path: Path) -> subprocess.Popen[str]:
-    script = tmp_path / "job.py"
-    script.write_text(SCRIPT)
-    return subprocess.Popen(
-        [sys.executable, script, job, tmp_path / "a workspace"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def tmpdir_env() -> Iterator[Path]:
+    """A temporary folder of the run's own, with a short name; nothing may be left in it."""
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    yield folder
+    assert until(lambda: not list(folder.iterdir())), list(folder.iterdir())
+    folder.rmdir()
+
+
+Launch = Callable[[Path], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def launch(tmp_path: Path, tmpdir_env: Path) -> Launch:
+    """Runs a job by a script of its own, one that has no ``__main__`` guard."""
+
+    def start(job: Path) -> subprocess.Popen[str]:
+        script = tmp_path / "job.py"
+        script.write_text(SCRIPT)
+        return subprocess.Popen(
+            [sys.executable, script, job, tmp_path / "a workspace"],
+            env={**os.environ, "TMPDIR": str(tmpdir_env)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
 
 
 def working(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -253,8 +273,8 @@ def working(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 @pytest.mark.process
-def test_a_script_without_a_guard_runs_once(make_job: MakeJob, tmp_path: Path) -> None:
-    out, err = launch(make_job(), tmp_path).communicate(timeout=90)
+def test_a_script_without_a_guard_runs_once(make_job: MakeJob, launch: Launch, tmp_path: Path) -> None:
+    out, err = launch(make_job()).communicate(timeout=90)
     assert out == "only once\nFINISHED:COMPLETED\n", err
     assert "round 2/2: 4 sites, accuracy 0.3000" in err
     assert str(tmp_path / "a workspace" / "model.safetensors") in err
@@ -263,8 +283,10 @@ def test_a_script_without_a_guard_runs_once(make_job: MakeJob, tmp_path: Path) -
 
 @pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_everything_within_a_second(make_job: MakeJob, tmp_path: Path, number: int) -> None:
-    process = launch(make_job(SLEEPER), tmp_path)
+def test_an_interrupt_ends_everything_within_a_second(
+    make_job: MakeJob, launch: Launch, tmp_path: Path, number: int
+) -> None:
+    process = launch(make_job(SLEEPER))
     processes = working(process)
     started = time.monotonic()
     process.send_signal(number)
@@ -281,8 +303,21 @@ def test_an_interrupt_ends_everything_within_a_second(make_job: MakeJob, tmp_pat
 
 
 @pytest.mark.process
-def test_a_launcher_that_is_killed_leaves_nothing_running(make_job: MakeJob, tmp_path: Path) -> None:
-    process = launch(make_job(SLEEPER), tmp_path)
+def test_an_interrupt_while_modules_are_loaded(make_job: MakeJob, launch: Launch) -> None:
+    process = launch(make_job("import torch\nimport sklearn.datasets\n"))
+    assert until(lambda: len(started_by(process.pid)) == 1, 30.0)
+    (warm,) = started_by(process.pid)
+    assert not until(lambda: len(started_by(process.pid)) > 1, 0.7), "loading takes longer than this"
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert time.monotonic() - started < 1.5
+    assert gone(warm)
+
+
+@pytest.mark.process
+def test_a_launcher_that_is_killed_leaves_nothing_running(make_job: MakeJob, launch: Launch) -> None:
+    process = launch(make_job(SLEEPER))
     processes = working(process)
     process.kill()
     process.communicate()
@@ -291,8 +326,10 @@ def test_a_launcher_that_is_killed_leaves_nothing_running(make_job: MakeJob, tmp
 
 @pytest.mark.process
 @pytest.mark.parametrize("role", ["broker", "data", "controller", "agent"])
-def test_a_process_that_dies_ends_the_run_with_a_clear_error(make_job: MakeJob, tmp_path: Path, role: str) -> None:
-    process = launch(make_job(SLEEPER), tmp_path)
+def test_a_process_that_dies_ends_the_run_with_a_clear_error(
+    make_job: MakeJob, launch: Launch, tmp_path: Path, role: str
+) -> None:
+    process = launch(make_job(SLEEPER))
     processes = working(process)
     log = tmp_path / "a workspace" / ".sim" / "logs" / f"{role}.log"
     target = next(p for p in processes if any(file.path == str(log) for file in p.open_files()))
