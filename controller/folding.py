@@ -15,7 +15,6 @@ from ..serialization.errors import (
     LayoutError,
     PayloadError,
     ValuesError,
-    WeightError,
     WireError,
 )
 from ..serialization.faultpoints import fault_point
@@ -69,11 +68,12 @@ class Folding:
         Raises:
             GatherError: fewer good results than ``min_clients``.
             WeightError: weights missing from some results, or not positive.
+            FoldError: FULL among DIFF results.
         """
         for result in self._gather:
-            self._add(self.aggregate, result)
             self._results.append(result)
-            self._record.add(result)
+            if self._add(self.aggregate, result):
+                self._record.add(result)
             self._since_checkpoint += 0 if result.partial and result.start < self._covered else result.size
             fault_point("job.after_fold")
             if self._since_checkpoint > self._checkpoint_bytes:
@@ -86,16 +86,17 @@ class Folding:
             )
         return self._rescaled()
 
-    def _add(self, fold: Aggregate, result: Result) -> None:
+    def _add(self, fold: Aggregate, result: Result) -> bool:
+        """Whether the result is in; a bad one is listed and leaves no trace."""
         started = time.monotonic()
         try:
             if result.partial:
                 fold.merge(self._source(result))
             else:
                 self._add_single(fold, result)
-        except WeightError:
-            raise
-        except (FoldError, LayoutError, ValuesError, WireError, PayloadError) as error:
+        except (LayoutError, ValuesError, WireError, PayloadError) as error:
+            # of this result alone. Mixed weights, and FULL among DIFF, are no single site's fault: which one is found
+            # depends on the order of arrival, so they end the job
             if result.partial:
                 raise
             item = result.items[0]
@@ -103,8 +104,10 @@ class Folding:
             refusal = Failure(item.task, item.site, "refused", str(error))
             self.refused.append(refusal)
             self._gather.seen.failures[item.task] = refusal
+            return False
         finally:
             self._record.fold_s += time.monotonic() - started
+        return True
 
     def _add_single(self, fold: Aggregate, result: Result) -> None:
         ref = result.payload

@@ -189,6 +189,7 @@ class Collector:
 
     def _discard(self, result: Result) -> None:
         self._unlink(result)
+        self._bases.pop((result.item.task, result.item.attempt), None)
         if result.item.state:
             self._desk.states.discard(result.item.site, result.job, result.item.state)
 

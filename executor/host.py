@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -101,6 +102,9 @@ def run_script(channel: Channel, start: Map) -> int:
 
 
 def _enter(start: Map, script_folder: Path | None = None) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # what was printed is in the log, however the process ends
     cwd, custom = start.get("cwd"), start.get("custom")
     if cwd:
         os.chdir(cwd)

@@ -182,14 +182,17 @@ class Worker:
             self._lost_memory.add(plan.lane)
         if run is not None and run.key in self._desk.runs:
             self._unanswered(host, run, text, killed)
+        elif host.failure is not None or (killed and not host.stopping):
+            self._unheard(host, host.failure[1] if host.failure is not None else f"its process {text}")
         self._forget_job(plan.job)
 
     def _unanswered(self, host: Host, run: Run, text: str, killed: bool) -> None:
-        if host.failure is not None:
-            code, what = host.failure
-            self._desk.fail(run, code, what)
-        elif host.sent and not run.started_at:
-            self._again(run)  # it had ended before this task reached it: a script that serves one task, or a late crash
+        if host.sent and not run.started_at:  # it had ended before this task reached it
+            if host.failure is not None:
+                self._unheard(host, host.failure[1])
+            self._again(run)
+        elif host.failure is not None:
+            self._desk.fail(run, *host.failure)
         elif host.left and not killed and (host.exit_code or 0) == 0:
             name = getattr(run.work.settings, "task_script_path", "the script")
             self._desk.fail(
@@ -203,6 +206,13 @@ class Worker:
             self._desk.fail(run, "killed", where + self._log_tail(run), retryable=True, killed=True)
         else:
             self._desk.fail(run, "exit", f"the script of {run.item.site} {text}" + self._log_tail(run))
+
+    def _unheard(self, host: Host, text: str) -> None:
+        """A host failed with no task in hand: nobody waits for a result, and yet its user must see it."""
+        site = host.plan.lane.partition("/")[2]
+        log.warning("host_failed_between_tasks", job=host.plan.job, site=site, text=text)
+        event = {"kind": "script_error", "data": {"text": text[-4000:]}}
+        self._desk.event(host.plan.job, site, event)
 
     def _again(self, run: Run) -> None:
         slot = self._desk.slot_of[run.key]
@@ -294,4 +304,6 @@ class Worker:
         for host in hosts.hosts():
             if host.run is run:
                 host.run = None
+                if host.plan.lane and not host.plan.once:
+                    self._lost_memory.add(host.plan.lane)
                 hosts.kill(host)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,6 +40,8 @@ COMPLETED = "FINISHED:COMPLETED"
 WORK_DIR = ".sim"
 
 _POLL_S = 0.2
+#: Events of the processes' logs that the run reports in its own words.
+_REPORTED = ("task_failed", "job_failed")
 _CONNECT_S = 60.0
 #: A broker on this machine that says nothing for so long hangs.
 _SILENCE_S = 60.0
@@ -152,7 +154,7 @@ class _Run:
             job_id = client.submit(self._workspace / "job")
             self._show_files(pipeline, job_id)
             info = self._watch(client, pipeline, job_id)
-            failures = self._failures(info)
+            failures = self._failures(pipeline, info)
             self._reporter.close()
             return self._collect(client, pipeline, info, failures)
 
@@ -176,7 +178,8 @@ class _Run:
     # ------------------------------------------------------------ while it runs
 
     def _watch(self, client: JobClient, pipeline: Pipeline, job_id: str) -> JobInfo:
-        tail = LogTail(pipeline.log_dir, self._config.log_level)
+        level = self._config.log_level
+        tail = LogTail(pipeline.log_dir, level, () if level in ("debug", "info") else _REPORTED)
         deadline = None if self._config.timeout_s is None else self._started + self._config.timeout_s
         while True:
             info = client.info(job_id)
@@ -200,6 +203,9 @@ class _Run:
         for record in client.rounds(job_id)[known:]:
             self._records.append(record)
             self._reporter.round_done(record, rounds)
+            for failure in _failures_of(record):
+                what = failure.text.strip().rpartition("\n")[2] or failure.code
+                self._reporter.note(f"  {failure.site} failed: {what}")
 
     def _view(self, info: JobInfo) -> View:
         gather = cast("dict[str, Any]", info.raw.get("gather") or {})
@@ -216,20 +222,20 @@ class _Run:
 
     # ------------------------------------------------------------ after it
 
-    def _failures(self, info: JobInfo) -> tuple[SimFailure, ...]:
-        """Sites that failed, first things first."""
-        found: dict[tuple[str, str], SimFailure] = {}
-
-        def add(site: str, code: str, text: str) -> None:
-            if site:
-                found.setdefault((site, text), SimFailure(site, code, text))
-
+    def _failures(self, pipeline: Pipeline, info: JobInfo) -> tuple[SimFailure, ...]:
+        """Sites that failed, first things first; their tracebacks lead to the code that stays in ``job/``."""
+        found: list[SimFailure] = []
         if info.status != COMPLETED and (match := _REASON.match(info.reason)):
-            add(match["site"], match["code"], match["text"])
+            found.append(SimFailure(match["site"], match["code"], match["text"]))
         for record in self._records:
-            for failure in cast("list[dict[str, Any]]", record.get("failures") or []):
-                add(str(failure.get("site", "")), str(failure.get("code", "")), str(failure.get("text", "")))
-        return tuple(found.values())
+            found += _failures_of(record)
+        return tuple(
+            dict.fromkeys(replace(failure, text=self._lasting(pipeline, info, failure.text)) for failure in found)
+        )
+
+    def _lasting(self, pipeline: Pipeline, info: JobInfo, text: str) -> str:
+        code = pipeline.agent_dir / "jobs" / info.job_id / "code"
+        return text.replace(str(code), str(self._workspace / "job"))
 
     def _collect(
         self, client: JobClient, pipeline: Pipeline, info: JobInfo, failures: tuple[SimFailure, ...]
@@ -247,7 +253,13 @@ class _Run:
             print_summary(sys.stderr, self._records, info.rounds, shown, self._key_metric)
         seconds = time.monotonic() - self._started
         return SimResult(
-            info.job_id, info.status, info.reason, self._workspace, tuple(self._records), failures, seconds
+            info.job_id,
+            info.status,
+            self._lasting(pipeline, info, info.reason),
+            self._workspace,
+            tuple(self._records),
+            failures,
+            seconds,
         )
 
     def _show_files(self, pipeline: Pipeline, job_id: str) -> None:
@@ -279,6 +291,11 @@ class _Run:
             pipeline.keep_logs(self._workspace / "logs")
         if not self._config.keep_store:
             shutil.rmtree(self._workspace / WORK_DIR, ignore_errors=True)
+
+
+def _failures_of(record: Record) -> list[SimFailure]:
+    entries = cast("list[dict[str, Any]]", record.get("failures") or [])
+    return [SimFailure(str(e.get("site", "")), str(e.get("code", "")), str(e.get("text", ""))) for e in entries]
 
 
 def _agent_folders(pipeline: Pipeline, job_id: str) -> list[tuple[str, Path]]:

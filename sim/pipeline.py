@@ -177,10 +177,15 @@ def _quoted(words: str) -> str:
 
 
 class LogTail:
-    """New lines of some log files, those of at least a level, with the lines that belong to them (tracebacks)."""
+    """New lines of some log files, those of at least a level, with the lines that belong to them (tracebacks).
 
-    def __init__(self, folder: Path, level: str) -> None:
+    Args:
+        without: events left out, since the run itself reports them.
+    """
+
+    def __init__(self, folder: Path, level: str, without: Sequence[str] = ()) -> None:
         self._folder = folder
+        self._without = re.compile("|".join(map(re.escape, without)) or r"(?!)")
         self._least = _LEVELS.index(level) if level in _LEVELS else _LEVELS.index("warning")
         self._read: dict[Path, int] = {}
         self._shown: dict[Path, bool] = {}
@@ -201,7 +206,7 @@ class LogTail:
             for line in whole.decode("utf-8", "replace").splitlines():
                 level = _level_of(line)
                 if level is not None:
-                    self._shown[path] = level >= self._least
+                    self._shown[path] = level >= self._least and not self._without.search(line)
                 if self._shown.get(path, True) and line.strip():
                     out.append(f"{path.stem}: {line}")
         return out

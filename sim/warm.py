@@ -54,6 +54,8 @@ def main() -> None:
     finally:
         server.kill_all()
         shutil.rmtree(run_dir, ignore_errors=True)
+        sys.stderr.flush()
+    os._exit(0)  # the interpreter's own end would take modules apart for a quarter of a second
 
 
 class _Client:

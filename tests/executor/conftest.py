@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from fedloom.executor.agent import Agent, AgentConfig
 from fedloom.serialization.archive import pack_folder
 from fedloom.serialization.digest import digest_buffers

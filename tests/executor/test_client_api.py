@@ -250,5 +250,7 @@ def test_outside_a_run_it_says_so(monkeypatch):
 @pytest.mark.process
 def test_importing_the_client_imports_no_framework():
     code = "import sys, fedloom.client as c; assert 'torch' not in sys.modules; print(sorted(c.__all__)[:3])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ.copy(), timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ.copy(), timeout=60
+    )
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,9 @@ from fedloom.serialization.model import FLModel
 
 
 def inline(task="a"):
-    return Held("job", "g", DoneItem(task, 1, "site-1", inline_bytes=3, meta={"metrics": {"x": 1.5}}, run_s=2.0), data=b"abc")
+    return Held(
+        "job", "g", DoneItem(task, 1, "site-1", inline_bytes=3, meta={"metrics": {"x": 1.5}}, run_s=2.0), data=b"abc"
+    )
 
 
 def filed(outbox, task="b", size=100):

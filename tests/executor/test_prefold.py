@@ -183,5 +183,3 @@ def _until(true, timeout_s: float = 20.0) -> None:
     while not true():
         assert time.monotonic() < deadline, "did not become true"
         time.sleep(0.02)
-
-

@@ -354,3 +354,67 @@ def _until(true, timeout_s: float = 20.0) -> None:
     while not true():
         assert time.monotonic() < deadline, "did not become true"
         time.sleep(0.02)
+
+
+def test_a_script_that_fails_behind_its_send_is_seen_and_started_anew(broker, make_agent, make_job, weights):
+    script = """
+import fedloom.client as flare
+flare.init()
+while flare.is_running():
+    m = flare.receive()
+    flare.send(flare.FLModel(params=m.params, metrics={"round": m.current_round}))
+    raise RuntimeError("too late")
+"""
+    archive = make_job({"client.py": script})
+    make_agent()
+    for round in range(2):
+        broker.assign((f"a{round}", "site-1"), round=round, model=weights(1.0), archive=archive, settled=round)
+        assert broker.done(f"a{round}").meta["metrics"] == {"round": round}
+    event = broker.wait(lambda m, _: isinstance(m, Event) and m.kind == "script_error")[0]
+    assert "too late" in event.data["text"] and event.site == "site-1"
+
+
+def test_a_script_without_a_loop_serves_one_task_a_start(broker, make_agent, make_job, weights):
+    script = """
+import fedloom.client as flare
+flare.init()
+m = flare.receive()
+flare.send(flare.FLModel(params=m.params, metrics={"round": m.current_round}))
+"""
+    archive = make_job({"client.py": script})
+    make_agent()
+    for round in range(3):
+        broker.assign((f"a{round}", "site-1"), round=round, model=weights(1.0), archive=archive, settled=round)
+        item = broker.done(f"a{round}")
+        assert item.meta["metrics"] == {"round": round} and not item.restarted
+
+
+def test_parked_scripts_are_bounded(broker, make_agent, make_job, weights):
+    sites = tuple(f"site-{i}" for i in range(1, 5))
+    archive = make_job({"client.py": LOOP})
+    agent = make_agent(sites=sites, max_parked=2)
+    for round in range(2):
+        broker.assign(
+            *[(f"{s}-{round}", s) for s in sites], round=round, model=weights(0.0), archive=archive, settled=round
+        )
+        items = [broker.done(f"{s}-{round}") for s in sites]
+    _until(lambda: agent._worker.hosts.live <= 2)
+    assert [i.meta["metrics"]["count"] for i in items].count(1) >= 2
+    assert [i.restarted for i in items] == [i.meta["metrics"]["count"] == 1 for i in items]
+
+
+def test_run_s_bounds_a_task_where_the_user_says_so(broker, make_agent, make_job, weights):
+    script = """
+import time
+import fedloom.client as flare
+flare.init()
+while flare.is_running():
+    m = flare.receive()
+    print("slow", flush=True)
+    time.sleep(600)
+"""
+    make_agent()
+    archive = make_job({"client.py": script})
+    broker.assign(("a", "site-1"), model=weights(1.0), archive=archive, config={"run_s": 0.5})
+    failed = broker.failed("a")
+    assert failed.code == "timeout" and failed.retryable and "run_s=0.5" in failed.text and "slow" in failed.text

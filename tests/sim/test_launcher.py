@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 from fedloom.serialization.errors import JobError, LinkTimeout
-from fedloom.sim.launcher import SimConfig, run_simulation
+from fedloom.sim.launcher import SimConfig, SimResult, run_simulation
 from safetensors.numpy import load_file
 
 SITES = tuple(f"site-{number}" for number in range(1, 5))
@@ -120,6 +120,53 @@ def test_a_run_from_job_to_result_folder(make_job: MakeJob, tmp_path: Path, thre
 
 
 @pytest.mark.process
+def test_a_run_in_a_thread_and_in_a_deep_folder(make_job: MakeJob, tmp_path: Path) -> None:
+    """No signal handlers there, and a path that no unix socket could have."""
+    deep = tmp_path / ("d" * 120)
+    results: list[SimResult] = []
+    run = SimConfig(make_job(), deep, SITES, show_progress=False, timeout_s=90.0)
+    thread = threading.Thread(target=lambda: results.append(run_simulation(run)))
+    thread.start()
+    thread.join(90.0)
+    assert [result.status for result in results] == ["FINISHED:COMPLETED"]
+    assert started_by(os.getpid()) == []
+
+
+NOISE = """
+import numpy as np
+import fedloom.client as flare
+flare.init()
+while flare.is_running():
+    model = flare.receive()
+    params = {name: value + np.random.standard_normal(value.shape).astype("f4") for name, value in model.params.items()}
+    flare.send(flare.FLModel(params=params, meta={"NUM_STEPS_CURRENT_ROUND": 3}))
+"""
+
+
+@pytest.mark.process
+def test_the_same_seed_gives_the_same_bits_however_the_sites_are_run(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(NOISE, rounds=3, min_clients=4)
+    ways: dict[str, dict[str, Any]] = {
+        "all at once": {"threads": 4},
+        "one by one": {"threads": 1},
+        "scripts ended between tasks": {"threads": 2, "max_parked": 1},
+        "not folded before": {"threads": 2, "prefold": False},
+        "another seed": {"seed": 5},
+    }
+    bits: dict[str, bytes] = {}
+    partials: dict[str, int] = {}
+    for way, settings in ways.items():
+        result = run_simulation(config(job, tmp_path, **settings))
+        assert result.completed, result.reason
+        bits[way] = (result.result_dir / "model.safetensors").read_bytes()
+        partials[way] = sum(record["partials"] for record in result.rounds)
+    other = bits.pop("another seed")
+    assert len(set(bits.values())) == 1
+    assert other not in bits.values()
+    assert partials == {way: 0 if way == "not folded before" else 12 for way in ways}
+
+
+@pytest.mark.process
 def test_what_a_site_sees(make_job: MakeJob, tmp_path: Path) -> None:
     job = make_job(
         """
@@ -172,13 +219,18 @@ def test_a_script_that_raises_ends_the_run_with_its_own_traceback(make_job: Make
     first = result.failures[0]
     assert first.site == "site-3"
     assert "ValueError: this is my mistake" in first.text
-    assert 'client.py", line 7' in first.text
+    script = result.result_dir / "job" / "app" / "custom" / "client.py"
+    assert f'File "{script}", line 7' in first.text, "the file is there to be looked at"
+    assert script.read_text().splitlines()[6].strip() == 'raise ValueError("this is my mistake")'
+    assert result.reason.endswith(first.text)
     assert "this is my mistake" in (result.result_dir / "logs" / "site-3.log").read_text()
     assert started_by(os.getpid()) == []
 
 
 @pytest.mark.process
-def test_a_failing_site_beyond_min_clients_is_reported_only(make_job: MakeJob, tmp_path: Path) -> None:
+def test_a_failing_site_beyond_min_clients_is_reported_only(
+    make_job: MakeJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = make_job(
         """
         import fedloom.client as flare
@@ -192,10 +244,14 @@ def test_a_failing_site_beyond_min_clients_is_reported_only(make_job: MakeJob, t
         min_clients=3,
         rounds=1,
     )
-    result = run_simulation(config(job, tmp_path))
+    result = run_simulation(config(job, tmp_path, show_progress=True))
     assert result.completed, result.reason
     assert [failure.site for failure in result.failures] == ["site-3"]
     assert result.rounds[0]["results"] == 3
+    shown = capsys.readouterr().err
+    assert "round 1/1: 3 sites" in shown
+    assert "  site-3 failed: ValueError: this is my mistake\n" in shown
+    assert "Traceback" not in shown
 
 
 SLEEPER = """
@@ -219,7 +275,7 @@ def test_a_bounded_run_ends_in_time(make_job: MakeJob, tmp_path: Path) -> None:
 SCRIPT = """
 import sys, threading
 from pathlib import Path
-from fedloom.sim.launcher import SimConfig, run_simulation
+from fedloom.sim.launcher import SimConfig, SimResult, run_simulation
 sites = tuple(f"site-{n}" for n in range(1, 5))
 print("only once", flush=True)
 result = run_simulation(SimConfig(Path(sys.argv[1]), Path(sys.argv[2]), sites))

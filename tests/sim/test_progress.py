@@ -121,6 +121,7 @@ def test_logs_are_shown_by_level_with_their_tracebacks(tmp_path: Path) -> None:
         "agent: Traceback (most recent call last):",
         'broker: {"level": "error", "event": "b"}',
     ]
+    assert LogTail(tmp_path, "warning", ["weight_missing"]).lines()[0] == "agent: 12:00:03 [error    ] crashed"
     assert tail.lines() == []
     with (tmp_path / "broker.log").open("a") as file:
         file.write(" a line\n")

@@ -24,6 +24,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--runs")
 parser.add_argument("--momentum", action="store_true")
 parser.add_argument("--fault", default="")
+parser.add_argument("--grow", type=float, default=1.0)
 args = parser.parse_args()
 flare.init()
 site = flare.get_site_name()
@@ -39,8 +40,9 @@ while flare.is_running():
         state = flare.state()
         step = step + 0.9 * state.get("velocity", np.zeros_like(step))
         state["velocity"] = step
+    scale = np.float32(args.grow if model.current_round == 1 else 1)
     flare.send(flare.FLModel(
-        params={"numpy_key": value + step},
+        params={"numpy_key": (value + step) * scale},
         metrics={"accuracy": float(np.abs(value).mean())},
         meta={"NUM_STEPS_CURRENT_ROUND": 3 + len(site) + int(site[-1])},
     ))
@@ -79,6 +81,7 @@ class JobMaker:
         momentum: bool = False,
         function: bool = False,
         fault: str = "",
+        grow: float = 1.0,
         **options: Any,
     ) -> NumpyFedAvgRecipe:
         code = self.folder / "code"
@@ -87,6 +90,7 @@ class JobMaker:
         words = ["--runs", f"'{self.runs_path}'"]
         words += ["--momentum"] if momentum else []
         words += ["--fault", repr(fault)] if fault else []
+        words += ["--grow", str(grow)] if grow != 1.0 else []
         return NumpyFedAvgRecipe(
             **{
                 "name": "bits",

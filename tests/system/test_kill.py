@@ -49,7 +49,8 @@ def test_executor_with_half_an_upload_sent(
 
     chunks = 33
     resumed = [
-        (int(sent), int(at)) for sent, at in re.findall(r"uploaded .*?chunks_sent=(\d+).*?resumed_at=(\d+)", plain(successor.text))
+        (int(sent), int(at))
+        for sent, at in re.findall(r"uploaded .*?chunks_sent=(\d+).*?resumed_at=(\d+)", plain(successor.text))
     ]
     sent, at = resumed[0]
     assert at > 0, "the upload began anew"

@@ -55,3 +55,19 @@ def test_repeated_runs_and_other_seeds(jobs: Any, workspace: Path, sha256: Calla
     again = sha256(simulate(jobs, workspace / "b", threads=4))
     other = sha256(simulate(jobs, workspace / "c", threads=4, seed=8))
     assert first == again != other
+
+
+@pytest.mark.parametrize("grow", [1e12, 1e-12], ids=["out of range", "too coarse"])
+def test_scales_that_do_not_hold(jobs: Any, workspace: Path, sha256: Callable[[Path], str], grow: float) -> None:
+    """A round whose values leave the planned scale is folded again; what only partials held is trained again, singly.
+
+    Momentum in the site state shows that the tasks that ran again started from the state that the first try had.
+    """
+    options = {"grow": grow, "momentum": True, "elements": 500}
+    partials = simulate(jobs, workspace / "partials", threads=2, **options)
+    singles = simulate(jobs, workspace / "singles", threads=2, prefold=False, **options)
+    assert sha256(partials) == sha256(singles)
+    assert [record["refolds"] > 0 for record in records(partials)][1]
+    assert records(partials)[1]["redone"] == 8
+    assert records(singles)[1]["redone"] == 0
+    assert all(record["state_lost"] == [] for record in records(partials))
