@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import overrides
 from .options import whole
 from .run import Run
-from .simulate import DEFAULT_WORKSPACE, SimOptions, raise_failure, simulate
+from .simulate import DEFAULT_WORKSPACE, SimOptions, raise_failure, show_failures, simulate
 
 if TYPE_CHECKING:
     from ..sim.launcher import SimResult
@@ -86,9 +86,12 @@ class SimEnv(Env):
         options = self.options.overridden(by)
         result = simulate(options, job=job)
         if by is not None:
-            by.runs.append(overrides.Outcome(result.job_id, result.status, str(result.result_dir)))
+            by.runs.append(
+                overrides.Outcome(result.job_id, result.status, str(result.result_dir), bool(result.failures))
+            )
         if self.check:
             raise_failure(result)
+        show_failures(result)
         return Run(result.job_id, SimBackend(result))
 
 

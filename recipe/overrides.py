@@ -10,11 +10,12 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one run: its status, and the result folder where there is one."""
+    """What came of one run: its status, the result folder where there is one, and whether a client failed in it."""
 
     job_id: str
     status: str
     path: str | None = None
+    failures: bool = False
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,3 +179,19 @@ def raise_failure(result: SimResult) -> None:
     if result.result_dir.is_dir():
         error.add_note(f"logs and results: {result.result_dir}")
     raise error
+
+
+def show_failures(result: SimResult) -> bool:
+    """Say which clients failed in a simulation that was completed without them; whether there are any."""
+    for site, texts in sorted(_by_site(result).items()):
+        print(
+            f"warning: {site} failed in {len(texts)} tasks; the rounds went on without it:\n{texts[0]}", file=sys.stderr
+        )
+    return bool(result.failures)
+
+
+def _by_site(result: SimResult) -> dict[str, list[str]]:
+    sites: dict[str, list[str]] = {}
+    for failure in result.failures:
+        sites.setdefault(failure.site, []).append(failure.text or failure.code)
+    return sites

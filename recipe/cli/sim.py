@@ -96,7 +96,7 @@ def _names(clients: str | None) -> tuple[str, ...] | None:
 
 
 def _run_folder(folder: Path, overrides: Overrides, as_json: bool) -> None:
-    from ..simulate import SimOptions, raise_failure, simulate
+    from ..simulate import SimOptions, raise_failure, show_failures, simulate
 
     result = simulate(SimOptions().overridden(overrides), folder=folder)
     if as_json:
@@ -112,6 +112,8 @@ def _run_folder(folder: Path, overrides: Overrides, as_json: bool) -> None:
         typer.echo(f"{result.job_id} {result.status}")
         typer.echo(f"results: {result.result_dir}")
     raise_failure(result)
+    if show_failures(result):
+        raise typer.Exit(FAILED)
 
 
 def _run_script(script: Path, args: list[str], overrides: Overrides, as_json: bool) -> None:
@@ -139,7 +141,8 @@ def _run_script(script: Path, args: list[str], overrides: Overrides, as_json: bo
     if code == DONE and not overrides.runs:
         typer.echo(f"error: {script} ran no job; it must call recipe.execute(SimEnv(...))", err=True)
         code = WRONG_USE
-    failed = any(run.status not in ("FINISHED:COMPLETED", "SUBMITTED") for run in overrides.runs)
+    # a client that failed is seen in the exit code, even where the rounds went on without it
+    failed = any(run.failures or run.status not in ("FINISHED:COMPLETED", "SUBMITTED") for run in overrides.runs)
     raise typer.Exit(code or (FAILED if failed else DONE))
 
 

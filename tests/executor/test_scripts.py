@@ -247,7 +247,8 @@ while flare.is_running():
     if model.current_round == 1 and not os.path.exists("died"):
         open("died", "w").close()
         os._exit(1)
-    flare.send(flare.FLModel(params=model.params, metrics={"seen": len(before), "momentum": float(state["momentum"][0])}))
+    metrics = {"seen": len(before), "momentum": float(state["momentum"][0])}
+    flare.send(flare.FLModel(params=model.params, metrics=metrics))
 """
     archive = make_job({"client.py": script})
     make_agent()

@@ -185,10 +185,15 @@ def test_no_broker(children: Any, endpoint: str) -> None:
 def test_two_executors_under_one_site_name(cluster: Any) -> None:
     cluster.broker().says("broker_ready")
     first = cluster.executor("site-1")
-    first.says("executor_ready")
-    second = cluster.executor("site-1")
-    assert second.wait(30) == 3
-    assert "site-1" in second.text
+    first.says("executor_up")
+    same_folder = cluster.executor("site-1")
+    assert same_folder.wait(30) == 2
+    assert "--workspace" in same_folder.text
+    elsewhere = cluster.children.fedloom(
+        "executor", "--broker", cluster.endpoint, "--site", "site-1", "-w", cluster.folder / "other"
+    )
+    assert elsewhere.wait(30) == 3
+    assert "site-1" in elsewhere.text
     assert first.process.poll() is None
 
 
