@@ -6,8 +6,6 @@ functions embedded in this process), a result, the outbox or a batch to fold, Do
 
 from __future__ import annotations
 
-import fcntl
-import os
 import queue
 import secrets
 import threading
@@ -41,6 +39,7 @@ from .context import TaskFunction
 from .deliver import LinkLike
 from .desk import Desk
 from .hosts import Spawner, SubprocessSpawner
+from .lock import WorkspaceLock
 from .runs import Run, Work
 from .script import settings_of
 from .worker import Worker
@@ -89,7 +88,7 @@ class Agent:
         self._when_ended: list[Callable[[], None]] = []
         self._stop_grace_s = 0.0
         self._told_free = 0
-        self._lock_fd = -1
+        self._lock: WorkspaceLock | None = None
         self._desk: Desk | None = None
         self._channel: ChannelServer | None = None
         self._worker: Worker | None = None
@@ -102,11 +101,11 @@ class Agent:
         """Connect and begin to work.
 
         Raises:
-            JobError: another process works in this workspace. LinkTimeout: no broker answered. FaultError: it refused,
-                such as a site that another live executor serves.
+            LinkTimeout: no broker answered. FaultError: it refused (``name_taken``: another live executor serves the
+                site). JobError: another process works in this workspace.
         """
         config = self.config
-        self._lock_fd = lock_workspace(config.workspace)
+        self._lock = WorkspaceLock(config.workspace, config.node)
         desk = self._desk = Desk(config, self._post)
         hello = Hello(
             node=config.node, role="executor", boot=secrets.token_hex(16), capacity=config.announced, pool=config.pool
@@ -128,6 +127,7 @@ class Agent:
         except FedloomError:
             self._close()
             raise
+        self._lock.connected()
         desk.digest = welcome.integrity == "digest"
         self._channel.start()
         self._thread.start()
@@ -141,6 +141,11 @@ class Agent:
         self._post(lambda: None)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(grace_s + 15.0)
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether the executor before this one in the workspace ended without saying goodbye."""
+        return self._lock is not None and self._lock.was_killed
 
     @property
     def ended(self) -> bool:
@@ -192,6 +197,8 @@ class Agent:
             self.fatal = FaultError("internal", f"the agent failed: {error!r}")
         finally:
             self._parts[1].close(self._stop_grace_s)
+            if self._lock is not None and self.fatal is None:
+                self._lock.goodbye()
             self._close()
             with self._end_lock:
                 self._ended.set()
@@ -205,9 +212,8 @@ class Agent:
             self._desk.close()
         if self._channel is not None:
             self._channel.close()
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        if self._lock is not None:
+            self._lock.close()
 
     def _turn(self) -> None:
         desk, worker, collector = self._parts
@@ -346,21 +352,3 @@ class Agent:
                 del desk.ended_jobs[next(iter(desk.ended_jobs))]
             collector.drop_job(message.job)
             worker.end_job(message.job)
-
-
-def lock_workspace(workspace: Path) -> int:
-    """Hold a workspace for this process until its end; the descriptor that holds it.
-
-    Raises:
-        JobError: another process holds it.
-    """
-    workspace.mkdir(parents=True, exist_ok=True)
-    fd = os.open(workspace / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise JobError(
-            f"another executor works in {workspace}: give each its own --workspace, or stop the other one"
-        ) from None
-    return fd

@@ -121,7 +121,7 @@ class Executor:
 
         Raises:
             LinkTimeout: no broker answered within ``connect_s``. FaultError: it refused, such as a site that another
-                live executor serves. JobError: no task function is registered.
+                live executor serves. JobError: no function is registered, or another executor works in the workspace.
         """
         if self._agent is not None:
             raise JobError("the executor has started already; make a new one to start again")

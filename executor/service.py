@@ -34,8 +34,8 @@ def run_executor(
 ) -> None:
     """Work until SIGTERM, SIGINT (in the main thread) or ``stop``. Waits for a broker for as long as it takes.
 
-    A name that is taken is asked for again for ``takeover_s``: its holder may be this executor's own past life, which
-    the broker has not given up yet.
+    If the executor before this one in the workspace was killed, a name that is taken is asked for again for
+    ``takeover_s``: its holder is this executor's own past life, which the broker has not given up yet.
 
     Raises:
         FaultError: the broker refused this executor for good.
@@ -51,7 +51,8 @@ def run_executor(
                 agent.start()
             except FaultError as error:
                 refused_since = refused_since or time.monotonic()
-                if error.code != "name_taken" or time.monotonic() - refused_since > takeover_s:
+                waits = error.code == "name_taken" and agent.was_killed
+                if not waits or time.monotonic() - refused_since > takeover_s:
                     raise
                 log.warning("name_taken", node=config.node, text=str(error), waits_s=takeover_s)
             except (LinkTimeout, LinkError) as error:

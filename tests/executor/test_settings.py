@@ -67,6 +67,7 @@ def test_seeds_are_the_tasks_and_the_same_everywhere():
 
 
 def test_the_service_waits_for_a_broker_and_for_its_own_past_life(broker, tmp_path):
+    (tmp_path / ".lock").write_text("4711\n")  # it was killed
     stop = threading.Event()
     config = AgentConfig("fake", tmp_path, ("site-1",))
     refusals = [LinkTimeout("nobody there"), FaultError("name_taken", "still alive"), None]
@@ -83,6 +84,7 @@ def test_the_service_waits_for_a_broker_and_for_its_own_past_life(broker, tmp_pa
     runner.start()
     runner.join(30)
     assert not runner.is_alive() and tries == ["service"] * 3 and broker.link.closed.is_set()
+    assert (tmp_path / ".lock").read_text() == ""  # it has said goodbye
 
 
 def test_the_service_gives_up_where_it_is_not_wanted(broker, tmp_path):
@@ -92,6 +94,9 @@ def test_the_service_gives_up_where_it_is_not_wanted(broker, tmp_path):
         return Agent(config, spawner, link_factory=broker.factory)
 
     broker.refuse = FaultError("name_taken", "another executor serves site-1")
+    with pytest.raises(FaultError, match="another executor"):
+        run_executor(config, make_agent=make)  # a stranger's
+    (tmp_path / ".lock").write_text("4711\n")
     with pytest.raises(FaultError, match="another executor"):
         run_executor(config, make_agent=make, takeover_s=0.1)
     broker.refuse = FaultError("role", "not allowed")
