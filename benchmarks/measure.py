@@ -108,7 +108,7 @@ def role_of(pid: int, name: str, command: str) -> str:
     """What a process is: the name that it gave itself, else of the log that it writes, else its command line's end."""
     if not name.startswith("python"):
         return name
-    if "fedloom.sim.warm" in command:
+    if "fedloom.sim.forkserver" in command:
         command = "warm process"  # its own log is warm.log; what is forked from it has others
     with contextlib.suppress(OSError):
         log = Path(f"/proc/{pid}/fd/1").readlink()

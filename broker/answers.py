@@ -24,7 +24,8 @@ def answer(state: BrokerState, message: Ask) -> tuple[Answer, bytes]:
     """
     match message.what:
         case "job":
-            data = job_answer(state.jobs.get(message.job))
+            job = state.jobs.get(message.job)
+            data = job_answer(job) | {"gather": _open_gather(state, job)}
         case "jobs":
             data = _jobs(state, message)
         case "events":
@@ -60,6 +61,21 @@ def job_answer(job: Job) -> dict[str, Any]:
             "best": _ref(commit.best),
         },
         "archive": _ref(job.archive),
+    }
+
+
+def _open_gather(state: BrokerState, job: Job) -> dict[str, Any] | None:
+    """The gather that is under way: ``done`` counts the results that came and those that only wait to be sent."""
+    gather = next((g for g in reversed(state.ledger.gathers.values()) if g.job == job.id and g.live), None)
+    if gather is None:
+        return None
+    finished = sum(task.progress >= 1 and not task.ended for task in gather.tasks.values())
+    return {
+        "name": gather.spec.name,
+        "round": gather.spec.round,
+        "tasks": len(gather.tasks),
+        "results": len(gather.results),
+        "done": len(gather.results) + finished,
     }
 
 

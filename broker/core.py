@@ -186,7 +186,7 @@ class ControlCore:
             case Fail():
                 self.tasks.fail(session, message, now)
             case Progress():
-                pass  # traffic renews the lease, which is all that the broker needs of it
+                self.tasks.progress(session, message)
             case SubmitJob():
                 self.jobs.submit(session, message, now)
             case ClaimJob():

@@ -65,6 +65,7 @@ class Task:
     code: str = ""
     text: str = ""
     accepted: bool = False
+    progress: float = 0.0  # the current attempt's own word; 1: only its result's way here is left
     until: float = 0.0
     ready_at: float = 0.0
 

@@ -172,6 +172,7 @@ class Leases(ABC):
             if gather.blocked:
                 continue
             task.attempt += 1
+            task.progress = 0.0
             if not gather.spec.redo:
                 task.base = self.site_state(gather.job, task.site).version
             self._lease(task, owner, now, accepted=False)

@@ -15,6 +15,7 @@ from ..serialization.messages import (
     Fail,
     JobId,
     PayloadId,
+    Progress,
     Refusal,
     Stored,
     TaskRef,
@@ -63,6 +64,12 @@ class TaskDesk:
     def accept(self, session: Session, message: Accept, now: float) -> None:
         """Work on these has begun."""
         self._state.ledger.accept(session.node, message.tasks, now)
+
+    def progress(self, session: Session, message: Progress) -> None:
+        """A task moves: shown to whoever watches. The lease is renewed by any traffic."""
+        task = self._state.ledger.current(session.node, TaskRef(message.task, message.attempt))
+        if task is not None:
+            task.progress = message.done
 
     def decline(self, session: Session, message: Decline, now: float) -> None:
         """These will not be worked on."""

@@ -18,7 +18,8 @@
     ├── TaskError               user code failed: carries the site and its own traceback
     ├── LinkError               the broker cannot be reached, or not any more
     │   └── LinkTimeout         a bounded wait ended
-    └── StorageError            the disk refused: full, failing sync, quota
+    ├── StorageError            the disk refused: full, failing sync, quota
+    └── ProcessError            a process of a simulation could not be started, or ended when it should not have
 
 Each message says what was seen, what is allowed and what to do.
 """
@@ -40,6 +41,7 @@ __all__ = [
     "LinkTimeout",
     "NondeterministicError",
     "PayloadError",
+    "ProcessError",
     "StorageError",
     "TaskError",
     "ValuesError",
@@ -140,3 +142,7 @@ class LinkTimeout(LinkError):
 
 class StorageError(FedloomError):
     """The disk refused: full, a failing sync, or a quota."""
+
+
+class ProcessError(FedloomError):
+    """A process of a simulation could not be started, or ended when it should not have."""

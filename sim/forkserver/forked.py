@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..serialization import faultpoints
-from ..serialization.processes import die_with_parent
-from .forkwire import Fork
+from ...serialization import faultpoints
+from ...serialization.processes import die_with_parent
+from .wire import Fork
 
 __all__ = ["become", "check"]
 

@@ -1,4 +1,7 @@
-"""Processes out of the warm process: its client, and the spawners that the agent and the controller use."""
+"""Processes out of the warm process, as its clients hold them.
+
+The launcher imports this before anything else: it takes along nothing that is slow to import.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import structlog
+from ...serialization.errors import CodecError, ProcessError
+from .wire import Exited, Fork, Frames, Kill, Message, Preload, Preloaded, Refused, Started, frame
 
-from ..executor.host import ENV_PARENT
-from ..executor.hosts import HostRequest, open_log
-from ..serialization.errors import CodecError, FedloomError
-from .forkwire import Exited, Fork, Frames, Kill, Message, Preload, Preloaded, Refused, Started, frame
-
-__all__ = ["ForkSpawner", "ForkedProcess", "ProcessError", "WarmClient"]
-
-log = structlog.get_logger(__name__)
+__all__ = ["Asked", "ForkedProcess", "WarmClient"]
 
 _READ_BYTES = 256 * 1024
-
-
-class ProcessError(FedloomError):
-    """A process of the simulation could not be started, or ended when it should not have."""
 
 
 @dataclass(slots=True)
@@ -248,7 +241,7 @@ class WarmClient:
                     self._take(message)
         except (OSError, CodecError) as error:
             if not self._closed:
-                log.warning("warm_connection_lost", error=str(error))
+                _log_lost(error)
         with self._lock:
             self._lost = True
             waiting, processes = list(self._waiting.values()), list(self._processes.values())
@@ -299,32 +292,7 @@ class WarmClient:
             asked.done.set()
 
 
-class ForkSpawner:
-    """The agent's `executor.hosts.Spawner`: hosts forked from the warm process. Thread-safe.
+def _log_lost(error: Exception) -> None:
+    import structlog
 
-    The hosts end with the connection, so with the agent, however it ends.
-    """
-
-    def __init__(self, client: WarmClient) -> None:
-        self._client = client
-
-    def spawn(self, request: HostRequest) -> ForkedProcess:
-        """Start a host, or the request's command.
-
-        Raises:
-            OSError: it cannot be started.
-        """
-        if request.log_path:
-            open_log(request.log_path).close()  # makes its folder, and moves a log aside that has grown too large
-        try:
-            return self._client.fork(
-                request.name or "host",
-                "" if request.argv else "fedloom.executor.host:main",
-                argv=request.argv,
-                env=dict(request.env),
-                unset=[ENV_PARENT],  # a host's parent is the warm process, and sees to it itself
-                cwd=request.cwd,
-                log_path=request.log_path,
-            )
-        except ProcessError as error:
-            raise OSError(str(error)) from None
+    structlog.get_logger(__name__).warning("warm_connection_lost", error=str(error))

@@ -25,10 +25,10 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..serialization.errors import CodecError
-from ..serialization.processes import die_with_parent
+from ...serialization.errors import CodecError
+from ...serialization.processes import die_with_parent
 from .forked import become, check
-from .forkwire import Exited, Fork, Frames, Kill, Message, Preload, Preloaded, Refused, Started, frame
+from .wire import Exited, Fork, Frames, Kill, Message, Preload, Preloaded, Refused, Started, frame
 
 __all__ = ["Server", "main"]
 

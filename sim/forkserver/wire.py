@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from ..serialization.codec import Limit, decode_fields, encode_fields, pack, unpack
-from ..serialization.errors import CodecError
+from ...serialization.codec import Limit, decode_fields, encode_fields, pack, unpack
+from ...serialization.errors import CodecError
 
 __all__ = ["Exited", "Fork", "Frames", "Kill", "Message", "Preload", "Preloaded", "Refused", "Started", "frame"]
 
