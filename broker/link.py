@@ -8,7 +8,6 @@ receiver's watermark.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import secrets
@@ -16,20 +15,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import structlog
 import zmq
 
+from ..serialization.digest import digest_buffers
 from ..serialization.envelope import Buffer
-from ..serialization.errors import (
-    FaultError,
-    LinkError,
-    LinkTimeout,
-    PayloadError,
-    WireError,
-)
+from ..serialization.errors import FaultError, LinkError, LinkTimeout, PayloadError, WireError
 from ..serialization.messages import (
     INLINE_BYTES,
     Bye,
@@ -44,9 +39,13 @@ from ..serialization.messages import (
     TaskRef,
     Welcome,
 )
-from .linksession import LinkState, LocalSpool, OnMessage, Request, Session, State
-from .linkstreams import Download, Sink, Source, Upload
+from .linksession import Session
+from .linksource import Source
+from .linkstate import LinkState, LocalSpool, OnMessage, Outgoing, Request, State, fault_error
+from .linkstreams import Download, Sink, Upload
 from .sockets import make_context
+
+__all__ = ["Link", "LocalSpool", "fault_error"]
 
 log = structlog.get_logger(__name__)
 
@@ -143,28 +142,33 @@ class Link:
             return self._ref
 
     def send(self, message: Message, tail: Buffer = b"") -> None:
-        """Send on the control link; while it is down the message is dropped: the protocol's repeats make up for it."""
+        """Send on the control link; while it is down the message is dropped: the protocol's repeats make up for it.
+
+        Raises:
+            CodecError: too large, or a field out of its bounds: no broker would read it.
+        """
         if self.state == "up":
-            self._shared.outbox.append((message, tail))
+            self._shared.outbox.append(Outgoing.of(message, tail))
             self._shared.wake()
 
     def request(self, message: Any, tail: Buffer = b"", timeout_s: float = 60.0) -> tuple[Message, Buffer]:
-        """Send a message with a ``ref`` and wait for its answer; it is repeated after a reconnect.
+        """Send a message with a ``ref`` and wait for its answer; repeated after a reconnect, and when none comes.
 
         Raises:
             FaultError: the broker refused (`FencedError` and `NondeterministicError` for those codes).
+            CodecError: too large, or a field out of its bounds: no broker would read it.
             LinkTimeout: no answer in time.
             LinkError: the link was closed or given up.
         """
-        request = Request(message, tail)
-        with self._shared.lock:
-            self._shared.requests[message.ref] = request
+        request = Request(Outgoing.of(message, tail))
+        self._shared.ask(message.ref, request)
         try:
-            self.send(message, tail)
+            if self.state == "up":  # else it is sent with the next Welcome
+                self._shared.outbox.append(request.outgoing)
+                self._shared.wake()
             self._wait(request.done, timeout_s, f"{type(message).__name__} to {self.endpoint}")
         finally:
-            with self._shared.lock:
-                self._shared.requests.pop(message.ref, None)
+            self._shared.forget(message.ref)
         if request.error:
             raise request.error
         assert request.answer is not None
@@ -187,21 +191,32 @@ class Link:
         on at the watermark after a reconnect. A ``source`` path is left in place.
 
         Raises:
-            FaultError: the broker refused it. LinkTimeout: it did not get there in time.
+            PayloadError: the source is not of the reference's size. FaultError: the broker refused it.
+            LinkTimeout: it did not get there in time.
         """
         put = Put(payload=ref, job=JobId(job), claim=claim, task=TaskId(task), attempt=attempt)
-        if ref.size <= INLINE_BYTES:
-            data = source.read_bytes() if isinstance(source, Path) else b"".join(source)
-            answer, _ = self.request(replace(put, ref=self.next_ref()), data, timeout_s)
-            assert isinstance(answer, Stored)
-            return answer.payload or ref
-        with Source(source) as opened:
-            upload = Upload(replace(put, stream=secrets.token_hex(16)), opened, self.local)
+        with Source(source, ref.size) as opened:
+            if ref.size <= INLINE_BYTES:
+                answer, _ = self.request(replace(put, ref=self.next_ref()), b"".join(opened.buffers), timeout_s)
+                return (answer.payload if isinstance(answer, Stored) else None) or ref
+            put = replace(put, stream=secrets.token_hex(16))
+            if self.local is not None:
+                return self._put_file(put, opened, self.local.incoming_path(f"{put.stream}.up"), timeout_s)
+            needed = not ref.digest and not (self.welcome and self.welcome.integrity == "size")
+            upload = Upload(put, opened, opened.digest() if needed else "")
             stored = self._run_stream(upload, timeout_s, f"upload of {ref.id}") or ref
-        if self.local is None:
-            sent, resumed = upload.chunks_sent, upload.resumed_at
-            log.info("uploaded", payload=ref.id, size=ref.size, chunks_sent=sent, resumed_at=resumed)
+        sent, resumed = upload.chunks_sent, upload.resumed_at
+        log.info("uploaded", payload=ref.id, size=ref.size, chunks_sent=sent, resumed_at=resumed)
         return stored
+
+    def _put_file(self, put: Put, source: Source, path: Path, timeout_s: float) -> PayloadRef:
+        source.write_to(path)  # in the caller's thread; the broker takes it by its name
+        upload = Upload(replace(put, local=path.name), None)
+        try:
+            return self._run_stream(upload, timeout_s, f"upload of {put.payload.id}") or put.payload
+        finally:
+            if not upload.done.is_set() or upload.error:
+                path.unlink(missing_ok=True)
 
     def put_local(self, ref: PayloadRef, name: str, *, timeout_s: float = 600.0, **owner: Any) -> PayloadRef:
         """Hand over a finished file that was written as ``local.incoming_path(name)``.
@@ -209,7 +224,7 @@ class Link:
         Raises:
             FaultError: the broker refused it. LinkTimeout: it did not answer in time.
         """
-        upload = Upload(Put(payload=ref, stream=secrets.token_hex(16), local=name, **owner), None, None)
+        upload = Upload(Put(payload=ref, stream=secrets.token_hex(16), local=name, **owner), None)
         return self._run_stream(upload, timeout_s, f"hand-over of {ref.id}") or ref
 
     def fetch(self, ref: PayloadRef, timeout_s: float = 3600.0, dest: Path | None = None) -> Path | bytes:
@@ -222,28 +237,36 @@ class Link:
             if path.stat().st_size != ref.size:
                 raise PayloadError(f"payload {ref.id} has {path.stat().st_size} bytes; its reference says {ref.size}")
             return path
-        if ref.size <= INLINE_BYTES:
-            answer, tail = self.request(Get("0" * 32, ref.id, 0, 0, ref=self.next_ref()), timeout_s=timeout_s)
-            if isinstance(answer, Stored) and len(tail) == ref.size:
-                return bytes(tail)
         if dest is None:
-            out = bytearray(ref.size)
-
-            def fill(offset: int, data: memoryview) -> None:
-                out[offset : offset + len(data)] = data
-
-            self.stream(ref, fill, timeout_s)
-            return bytes(out)
-        part = dest.with_name(dest.name + ".part")
-        with part.open("wb") as file:
-
-            def write(offset: int, data: memoryview) -> None:
-                file.seek(offset)
-                file.write(data)
-
-            self.stream(ref, write, timeout_s)
-        part.replace(dest)
+            return self._fetch_inline(ref, timeout_s) if ref.size <= INLINE_BYTES else self._fetch_bytes(ref, timeout_s)
+        part = dest.with_name(f"{dest.name}.{secrets.token_hex(4)}.part")
+        try:
+            if ref.size <= INLINE_BYTES:
+                part.write_bytes(self._fetch_inline(ref, timeout_s))
+            else:
+                with part.open("wb", buffering=0) as file:
+                    self.stream(ref, lambda offset, data: _write_all(file, data), timeout_s)
+            part.replace(dest)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
         return dest
+
+    def _fetch_inline(self, ref: PayloadRef, timeout_s: float) -> bytes:
+        answer, tail = self.request(Get("0" * 32, ref.id, 0, 0, ref=self.next_ref()), timeout_s=timeout_s)
+        found = answer.payload if isinstance(answer, Stored) else None
+        if len(tail) != ref.size or (ref.digest and digest_buffers([tail]) != ref.digest):
+            raise PayloadError(f"payload {ref.id} is {found} at the broker, and {len(tail)} bytes came; not {ref}")
+        return bytes(tail)
+
+    def _fetch_bytes(self, ref: PayloadRef, timeout_s: float) -> bytes:
+        out = bytearray(ref.size)
+
+        def fill(offset: int, data: memoryview) -> None:
+            out[offset : offset + len(data)] = data
+
+        self.stream(ref, fill, timeout_s)
+        return bytes(out)
 
     def stream(self, ref: PayloadRef, sink: Sink, timeout_s: float = 3600.0) -> None:
         """Receive a payload chunk by chunk, in order: ``sink(offset, data)`` runs in the link's thread.
@@ -259,10 +282,12 @@ class Link:
             return  # a fork's copy: the sockets are the parent's
         if not self._shared.closing.is_set():
             if reason and self.state == "up":
-                self._shared.outbox.append((Bye(reason), b""))
+                self._shared.outbox.append(Outgoing.of(Bye(reason[:1000])))
             self._shared.closing.set()
             self._shared.wake()
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+        if self._thread.ident is None:
+            self._shared.free_pipe()  # it was never started
+        elif threading.current_thread() is not self._thread:
             self._thread.join(5.0)
 
     def _run_stream(self, stream: Upload | Download, timeout_s: float, what: str) -> PayloadRef | None:
@@ -318,6 +343,9 @@ class Link:
         finally:
             self._shared.state = "closed"
             context.destroy(linger=0)
-            for fd in (self._shared.wake_r, self._shared.wake_w):
-                with contextlib.suppress(OSError):
-                    os.close(fd)
+            self._shared.free_pipe()
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    while data:  # a stream's chunks come in order, and a full disk takes a part of one before it says so
+        data = data[file.write(data) :]

@@ -3,145 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import math
 import os
-import secrets
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
 
+import structlog
 import zmq
 
-from ..serialization.codec import pack
-from ..serialization.envelope import Buffer
-from ..serialization.errors import FaultError, FencedError, LinkError, NondeterministicError
-from ..serialization.messages import Bye, Fault, Hello, Message, Ping, Pong, TaskRef, Welcome, decode, encode
-from .linkstreams import Streams
+from ..serialization.codec import CodecError, pack, unpack
+from ..serialization.envelope import Buffer, pack_envelope
+from ..serialization.errors import FaultError, LinkError, WireError
+from ..serialization.messages import Bye, Fault, Message, Ping, Welcome, decode, encode
+from .linkstate import LinkState, LocalSpool, Outgoing, Request
 from .sockets import connect, make_socket, resolve_data_endpoint
 
-OnMessage = Callable[[Message, Buffer], None]
-State = Literal["connecting", "up", "down", "closed"]
+log = structlog.get_logger(__name__)
 
-FAULTS: dict[str, type[FaultError]] = {"fenced": FencedError, "nondeterministic": NondeterministicError}
-_RETRYABLE_FAULTS = frozenset({"session"})  # the broker restarted and does not know us: say Hello again
 _BATCH = 256
-_OUTBOX = 65536
-
-
-class LocalSpool:
-    """The broker's spool, as a co-located peer of the same user sees it."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    @staticmethod
-    def prove(welcome: Welcome) -> LocalSpool | None:
-        """The spool that Welcome offers, if this process can read the token in it."""
-        if not welcome.spool_dir or os.environ.get("FEDLOOM_NO_LOCAL") == "1":
-            return None
-        root = Path(welcome.spool_dir)
-        try:
-            token = (root / ".token").read_text()
-        except (OSError, UnicodeDecodeError):
-            return None
-        return LocalSpool(root) if secrets.compare_digest(token.strip(), welcome.spool_token) else None
-
-    def payload_path(self, payload: str) -> Path:
-        """Where the whole payload of this id lies, if it is there."""
-        return self.root / "payloads" / payload[:2] / payload
-
-    def incoming_path(self, name: str) -> Path:
-        """Where to write a file that a Put with ``local=name`` then hands over."""
-        return self.root / "incoming" / name
-
-
-@dataclass(slots=True)
-class Request:
-    """A message that is repeated after each reconnect until its answer comes."""
-
-    message: Message
-    tail: Buffer
-    done: threading.Event = field(default_factory=threading.Event)
-    answer: tuple[Message, Buffer] | None = None
-    error: FaultError | None = None
-
-
-class LinkState:
-    """What the link's thread and the threads that use the link share."""
-
-    def __init__(
-        self,
-        endpoint: str,
-        hello: Hello,
-        sites: Sequence[str],
-        held: Callable[[], list[TaskRef]],
-        free: Callable[[], int],
-        on_message: OnMessage,
-    ) -> None:
-        self.endpoint = endpoint
-        self.hello = hello
-        self.sites = tuple(sites)
-        self.held = held
-        self.free = free
-        self.on_message = on_message
-        self.local: LocalSpool | None = None
-        self.welcome: Welcome | None = None
-        self.state: State = "connecting"
-        self.fatal: FaultError | None = None
-        self.bytes_sent = 0
-        self.sequence = 0
-        self.outbox: deque[tuple[Message, Buffer]] = deque(maxlen=_OUTBOX)
-        self.requests: dict[int, Request] = {}
-        self.streams = Streams()
-        self.lock = threading.Lock()
-        self.connected = threading.Event()
-        self.closing = threading.Event()
-        self.wake_r, self.wake_w = os.pipe()
-        os.set_blocking(self.wake_r, False)
-        os.set_blocking(self.wake_w, False)
-
-    def wake(self) -> None:
-        """Have the link's thread look at what is new; any thread."""
-        with contextlib.suppress(BlockingIOError, OSError):
-            os.write(self.wake_w, b"x")
-
-    def waiting(self) -> list[Request]:
-        """The requests that have no answer yet."""
-        with self.lock:
-            return list(self.requests.values())
-
-    def give_up(self, fault: FaultError) -> None:
-        """The link is over: whoever waits gets this error."""
-        self.fatal = fault
-        for request in self.waiting():
-            request.error = fault
-            request.done.set()
-        self.on_message(Fault(code=fault.code, text=str(fault), fatal=True), b"")
-
-    def deliver(self, message: Message, tail: Buffer) -> None:
-        """A control message from the broker: to the request it answers, or to the owner of the link."""
-        ref = getattr(message, "ref", 0)
-        with self.lock:
-            request = self.requests.get(ref) if ref else None
-        match message:
-            case Pong():
-                pass
-            case Fault() if request is not None:
-                request.error = FAULTS.get(message.code, FaultError)(message.code, message.text)
-                request.done.set()
-            case Fault() if message.code in _RETRYABLE_FAULTS:
-                raise LinkError(f"{message.code}: {message.text}")
-            case Fault() if message.fatal:
-                self.give_up(FAULTS.get(message.code, FaultError)(message.code, message.text))
-            case _ if request is not None:
-                request.answer = (message, bytes(tail))
-                request.done.set()
-            case _:
-                self.on_message(message, tail)
+_TURN_S = 0.5
+#: A session whose Hello nobody answers is tried anew after this.
+_HELLO_S = 5.0
+#: The data link's Hello is said again after this.
+_DATA_HELLO_S = 2.5
+#: A request without an answer for so long, while the broker speaks, is said again: no request may wait for ever.
+_REPEAT_S = 10.0
+#: So many messages that cannot be read are another protocol, not an accident.
+_MAX_UNREADABLE = 8
 
 
 class Session:
@@ -158,9 +49,10 @@ class Session:
         self.unsent: deque[list[Buffer]] = deque()
         self.heard_at = time.monotonic()
         self.pinged_at = self.heard_at
-        self.data_hello_at = 0.0
+        self.data_hello_at = 0.0  # when it is due (again)
 
     def run(self) -> None:
+        """Until the link closes, or has an error that only connecting anew can heal."""
         link = self.link
         connect(self.control, link.endpoint)
         self.poller.register(self.control, zmq.POLLIN)
@@ -173,6 +65,7 @@ class Session:
         self._flush()
 
     def close(self) -> None:
+        """Free the sockets; a Bye on its way gets a moment."""
         linger = 200 if self.welcomed and self.link.closing.is_set() else 0
         self.control.close(linger=linger)
         if self.data is not None:
@@ -180,26 +73,35 @@ class Session:
 
     def _turn(self) -> None:
         link = self.link
-        now = time.monotonic()
-        ping_s = link.welcome.ping_s if link.welcome else 1.0
-        timeout = min(self.pinged_at + ping_s - now, 0.5)
-        streams = link.streams
-        if self.unsent or (streams and not self.data_up):
-            timeout = min(timeout, 0.005)  # IMMEDIATE: nothing says when a connection stands, so ask
-        if self.data_up:
-            timeout = min(timeout, streams.wait_s(now))
-        events = dict(self.poller.poll(max(0, int(timeout * 1000))))
+        events = dict(self.poller.poll(self._wait_ms(time.monotonic())))
         if link.wake_r in events:
             with contextlib.suppress(BlockingIOError):
                 os.read(link.wake_r, 4096)
-        if self.control in events:
+        if events.get(self.control, 0) & zmq.POLLIN:
             self._receive_control()
-        if self.data is not None and self.data in events:
+        if self.data is not None and events.get(self.data, 0) & zmq.POLLIN:
             self._receive_data()
         self._drain_outbox()
         self._flush()
         self._drive_data()
         self._keep_alive()
+
+    def _wait_ms(self, now: float) -> int:
+        """How long to wait for messages; and for room, where something waits to be sent."""
+        link = self.link
+        ping_s = link.welcome.ping_s if link.welcome else 1.0
+        timeout = min(self.pinged_at + ping_s - now, _TURN_S)
+        # with IMMEDIATE a DEALER has room as soon as its connection stands
+        self.poller.modify(self.control, zmq.POLLIN | (zmq.POLLOUT if self.unsent else 0))
+        if self.data is not None:
+            hello_s = self.data_hello_at - now
+            full = link.streams.blocked if self.data_up else hello_s <= 0
+            self.poller.modify(self.data, zmq.POLLIN | (zmq.POLLOUT if full else 0))
+            if self.data_up:
+                timeout = min(timeout, link.streams.wait_s(now))
+            elif hello_s > 0:
+                timeout = min(timeout, hello_s)
+        return max(0, math.ceil(timeout * 1000))
 
     def _receive_control(self) -> None:
         for _ in range(_BATCH):
@@ -208,13 +110,32 @@ class Session:
             except zmq.Again:
                 return
             self.heard_at = time.monotonic()
-            packet = decode(frames)
+            try:
+                packet = decode(frames)
+            except WireError as error:
+                self._unreadable(frames, error)
+                continue
             if isinstance(packet.message, Welcome):
                 self._welcome(packet.message)
             elif isinstance(packet.message, Bye):
                 raise LinkError(f"the broker said goodbye: {packet.message.reason or 'it stops'}")
             else:
                 self.link.deliver(packet.message, packet.tail)
+
+    def _unreadable(self, frames: list[bytes], error: WireError) -> None:
+        """A message that cannot be read: whoever waits for it is told, since asking again would bring the same."""
+        link = self.link
+        refused = FaultError("malformed", f"the broker's answer cannot be read: {error}")
+        ref = _ref_of(frames)
+        request = link.requests.get(ref) if ref else None
+        if request is not None:
+            request.fail(refused)
+            return
+        link.unreadable += 1
+        log.error("message_unreadable", endpoint=link.endpoint, count=link.unreadable, reason=str(error))
+        if link.unreadable >= _MAX_UNREADABLE:
+            link.give_up(refused)
+        raise LinkError(f"a message of the broker's cannot be read: {error}")
 
     def _welcome(self, welcome: Welcome) -> None:
         link = self.link
@@ -223,20 +144,27 @@ class Session:
         link.state = "up"
         self.welcomed = True
         for request in link.waiting():
-            self._queue(request.message, request.tail)
+            self._say_again(request)
         link.on_message(welcome, b"")
         link.connected.set()
 
+    def _say_again(self, request: Request) -> None:
+        request.said_at = time.monotonic()
+        self._queue_encoded(request.outgoing)
+
     def _queue(self, message: Message, tail: Buffer = b"") -> None:
+        self._queue_encoded(Outgoing(message.KIND, encode(message, tail)))
+
+    def _queue_encoded(self, outgoing: Outgoing) -> None:
         link = self.link
         link.sequence += 1
-        self.unsent.append(encode(message, tail, link.sequence))
+        frames = outgoing.frames
+        self.unsent.append([pack_envelope(outgoing.kind, link.sequence, frames[1]), *frames[1:]])
 
     def _drain_outbox(self) -> None:
         outbox = self.link.outbox
         while outbox and self.welcomed:
-            message, tail = outbox.popleft()
-            self._queue(message, tail)
+            self._queue_encoded(outbox.popleft())
 
     def _flush(self) -> None:
         while self.unsent:
@@ -249,12 +177,16 @@ class Session:
     def _keep_alive(self) -> None:
         now = time.monotonic()
         welcome = self.link.welcome
-        dead_s = welcome.dead_s if self.welcomed and welcome else 5.0
+        dead_s = welcome.dead_s if self.welcomed and welcome else _HELLO_S
         if now - self.heard_at > dead_s:
             raise LinkError(f"nothing heard from {self.link.endpoint} for {dead_s:g} s")
         if welcome and self.welcomed and now - self.pinged_at >= welcome.ping_s:
             self.pinged_at = now
             self._queue(Ping(self.link.free()))
+            for request in self.link.waiting():
+                if now - request.said_at >= _REPEAT_S:
+                    log.warning("request_repeated", endpoint=self.link.endpoint, kind=request.outgoing.kind)
+                    self._say_again(request)
             self._flush()
 
     # ------------------------------------------------------------ data link
@@ -271,28 +203,24 @@ class Session:
             connect(self.data, resolve_data_endpoint(self.link.endpoint, welcome.data_endpoint))
             self.poller.register(self.data, zmq.POLLIN)
         if not self.data_up:
-            if now - self.data_hello_at >= 0.5:  # IMMEDIATE: fails until the connection stands
+            if now >= self.data_hello_at:  # IMMEDIATE: fails until the connection stands
                 hello = replace(self.link.hello, session=welcome.session)
                 if self._send_data(encode(hello)):
-                    self.data_hello_at = now + 2.0
+                    self.data_hello_at = now + _DATA_HELLO_S
             return
         for frames in streams.outgoing(now, welcome):
-            self.link.bytes_sent += sum(len(f) for f in frames)
             if not self._send_data(frames):
                 streams.unsend(frames)
                 break
+            self.link.bytes_sent += sum(len(f) for f in frames)
 
     def _send_data(self, frames: Sequence[Buffer]) -> bool:
         assert self.data is not None
         try:
-            # a chunk aliases its source, which lives until the broker has stored the whole payload
+            # a chunk aliases its source; ZeroMQ's frame holds that until it is sent or dropped
             self.data.send_multipart(frames, zmq.DONTWAIT, copy=len(frames) < 3)
         except zmq.Again:
             return False
-        except zmq.ZMQError as error:
-            if error.errno == errno.EHOSTUNREACH:
-                return False
-            raise
         return True
 
     def _receive_data(self) -> None:
@@ -305,7 +233,6 @@ class Session:
                 raw = self.data.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return
-            self.heard_at = time.monotonic()
             packet = decode([frame.buffer for frame in raw], welcome.chunk_bytes + 4096)
             match packet.message:
                 case Welcome():
@@ -313,5 +240,16 @@ class Session:
                     streams.connected()
                 case Fault(code="session"):
                     raise LinkError("the data link's session is unknown: connecting anew")
+                case Fault() as fault:
+                    log.warning("data_fault", endpoint=self.link.endpoint, code=fault.code, reason=fault.text)
                 case message:
                     streams.on_message(message, packet.tail, time.monotonic())
+
+
+def _ref_of(frames: list[bytes]) -> int:
+    """The request that a message is about whose fields cannot be parsed; 0 where not even that can be read."""
+    with contextlib.suppress(CodecError, IndexError):
+        values: Any = unpack(frames[1])
+        ref: Any = cast("dict[str, Any]", values).get("ref", 0) if isinstance(values, dict) else 0
+        return ref if type(ref) is int else 0
+    return 0

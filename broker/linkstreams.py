@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import random
 import threading
 import zlib
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from itertools import accumulate
-from pathlib import Path
-from typing import Any
 
 from ..serialization.digest import Digester
 from ..serialization.envelope import Buffer
-from ..serialization.errors import FaultError, PayloadError
+from ..serialization.errors import FaultError, FencedError, PayloadError
 from ..serialization.faultpoints import fault_point
 from ..serialization.messages import (
     Abort,
@@ -33,58 +26,28 @@ from ..serialization.messages import (
     encode,
 )
 from ..serialization.stream import ChunkPlan, Receiver, Sender
+from .linksource import Source
 
 #: ``sink(offset, data)``: where a download's chunks go, in order.
 Sink = Callable[[int, memoryview], None]
 
 #: Chunks that one stream may send in a turn before the others and the control link get theirs.
 _BURST = 4
-#: A Put or Get that nobody answered is repeated after this.
+#: A Put, Get or Finish that nobody answered is repeated after this.
 _ASK_S = 5.0
-
-
-class Source:
-    """What an upload reads: a file, mapped, or buffers one after another, as one run of bytes."""
-
-    def __init__(self, source: Sequence[Buffer] | Path) -> None:
-        self._map: mmap.mmap | None = None
-        if isinstance(source, Path):
-            with source.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            buffers: list[memoryview] = [memoryview(self._map)]
-        else:
-            buffers = [memoryview(b).cast("B") for b in source if len(b)]
-        self.buffers = buffers
-        self._ends = list(accumulate(len(b) for b in buffers))
-
-    def read(self, start: int, stop: int) -> memoryview:
-        """Bytes ``start`` to ``stop``; a copy only where they span buffers."""
-        first = bisect_right(self._ends, start)
-        base = self._ends[first - 1] if first else 0
-        buffer = self.buffers[first]
-        if stop <= self._ends[first]:
-            return buffer[start - base : stop - base]
-        parts = [buffer[start - base :]]
-        while self._ends[first] < stop:
-            base = self._ends[first]
-            first += 1
-            parts.append(self.buffers[first][: stop - base])
-        return memoryview(b"".join(parts))
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.buffers = []
-        if self._map is not None:
-            with contextlib.suppress(BufferError):  # a frame may still be in ZeroMQ's hands: it frees the map
-                self._map.close()
+_NEVER = float("-inf")
 
 
 class Upload:
-    """A payload on its way to the broker."""
+    """A payload on its way to the broker.
 
-    def __init__(self, put: Put, source: Source | None, local: Any) -> None:
+    Args:
+        put: says what it is; with ``local`` the broker takes the finished file of that name.
+        source: what chunks are cut from; None for a finished file.
+        digest: what Finish says; "" where nobody looks at it.
+    """
+
+    def __init__(self, put: Put, source: Source | None, digest: str = "") -> None:
         self.put = put
         self.stream = put.stream
         self.source = source
@@ -96,53 +59,54 @@ class Upload:
         self.resumed_at = 0
         self._sender: Sender | None = None
         self._chunk_bytes = 0
-        self._asked_at = float("-inf")
+        self._asked_at = _NEVER
         self._answered = False
-        self._finished = False
-        self._digest = put.payload.digest
-        if local is not None and source is not None:
-            # a co-located broker takes a finished file by its name; written in the caller's thread
-            self.put = _write_local(put, source, local.incoming_path)
-            self.source = None
+        self._finished_at = _NEVER
+        self._digest = digest or put.payload.digest
 
     def reconnect(self) -> None:
         """The data link is new: ask again."""
-        self._asked_at = float("-inf")
+        self._asked_at = _NEVER
         self._answered = False
-        self._finished = False
+        self._finished_at = _NEVER
 
     def outgoing(self, now: float, welcome: Welcome) -> Iterator[Sequence[Buffer]]:
         """The frames to send now."""
-        if not self._answered and now - self._asked_at > _ASK_S:
+        if not self._answered and now >= self._asked_at + _ASK_S:
             self._asked_at = now
             yield encode(self.put)
-        if self.source is None or not self._answered:
-            return
-        if self._sender is None or self._chunk_bytes != welcome.chunk_bytes:
+        sender = self._sender
+        if self.source is None or not self._answered or sender is None or self._chunk_bytes != welcome.chunk_bytes:
             return
         for _ in range(_BURST):
-            index = self._sender.next_chunk(now)
+            index = sender.next_chunk(now)
             if index is None:
                 break
             fault_point("link.before_chunk")
-            start, stop = self._sender.plan.span(index)
-            data = self.source.read(start, stop)
+            data = self.source.read(*sender.plan.span(index))
+            if data is None:
+                return  # whoever put it has given up; the link is told in a moment
             self.chunks_sent += 1
+            self._finished_at = _NEVER
             yield encode(Chunk(self.stream, index, len(data), zlib.crc32(data)), data)
-        if self._sender.sent_all and not self._finished:
-            self._finished = True
-            yield encode(Finish(self.stream, self._root()))
+        if sender.sent_all and now >= self._finished_at + _ASK_S:
+            # said again as long as there is no answer: a broker that has lost the stream says so, and gets a Put
+            self._finished_at = now
+            yield encode(Finish(self.stream, self._digest))
 
     def wait_s(self, now: float) -> float:
         """How long until this stream wants a turn without a message coming."""
         if not self._answered:
             return max(0.0, self._asked_at + _ASK_S - now)
         sender = self._sender
-        if sender is None:
+        if sender is None or self.source is None:
             return 1.0
         if sender.cursor < sender.limit:
             return 0.0
-        return 1.0 if sender.deadline is None else max(0.0, sender.deadline - now)
+        due = [self._finished_at + _ASK_S] if sender.sent_all else []
+        if sender.deadline is not None:
+            due.append(sender.deadline)
+        return max(0.0, min(due) - now) if due else 1.0
 
     def on_message(self, message: Message, tail: Buffer, now: float, welcome_chunk: int) -> None:
         """A Grant, Stored, Abort or Fault about this stream."""
@@ -153,13 +117,7 @@ class Upload:
                     self._sender = Sender(ChunkPlan(self.put.payload.size, welcome_chunk))
                     self.resumed_at = message.next
                 self._answered = True
-                before = self._sender.cursor
                 self._sender.on_grant(message.epoch, message.next, message.limit, now)
-                if self._sender.cursor < before or not self._sender.sent_all:
-                    self._finished = False
-                elif self._sender.done and self._finished:
-                    # everything arrived but the Finish may not have: a repeat is harmless
-                    self._finished = message.next < self._sender.plan.count
             case Stored():
                 self.stored = message.payload
                 self.done.set()
@@ -167,19 +125,10 @@ class Upload:
                 self._answered = False
                 self._asked_at = now + message.retry_after_s - _ASK_S
             case Abort() | Fault():
-                text = message.reason if isinstance(message, Abort) else message.text
-                self.error = FaultError(message.code, text or f"the broker refused payload {self.put.payload.id}")
+                self.error = _refused(message, f"the broker refused payload {self.put.payload.id}")
                 self.done.set()
             case _:
                 pass
-
-    def _root(self) -> str:
-        if not self._digest and self.source is not None:
-            digester = Digester()
-            for buffer in self.source.buffers:
-                digester.update(buffer)
-            self._digest = digester.hexdigest()
-        return self._digest
 
 
 class Download:
@@ -193,14 +142,14 @@ class Download:
         self.error: Exception | None = None
         self.stored: PayloadRef | None = None
         self._receiver: Receiver | None = None
-        self._asked_at = float("-inf")
+        self._asked_at = _NEVER
         self._answered = False
         self._grant_due = False
         self._digester = Digester() if ref.digest else None
 
     def reconnect(self) -> None:
         """The data link is new: ask again, from the watermark."""
-        self._asked_at = float("-inf")
+        self._asked_at = _NEVER
         self._answered = False
 
     def outgoing(self, now: float, welcome: Welcome) -> Iterator[Sequence[Buffer]]:
@@ -211,7 +160,10 @@ class Download:
             if self._receiver.complete:
                 self._end()
                 return
-        if not self._answered and now - self._asked_at > _ASK_S:
+        if self._receiver.plan.chunk_bytes != welcome.chunk_bytes:
+            self._fail(PayloadError(f"payload {self.ref.id}: the broker came back with another chunk size: ask again"))
+            return
+        if not self._answered and now >= self._asked_at + _ASK_S:
             self._asked_at = now
             _, start, limit = self._receiver.grant()
             yield encode(Get(self.stream, self.ref.id, start, limit))
@@ -239,8 +191,7 @@ class Download:
                 self._answered = False
                 self._asked_at = now + message.retry_after_s - _ASK_S
             case Abort() | Fault():
-                text = message.reason if isinstance(message, Abort) else message.text
-                self._fail(FaultError(message.code, text or f"the broker does not send payload {self.ref.id}"))
+                self._fail(_refused(message, f"the broker does not send payload {self.ref.id}"))
             case _:
                 pass
 
@@ -265,6 +216,11 @@ class Download:
         self.done.set()
 
 
+def _refused(message: Abort | Fault, otherwise: str) -> FaultError:
+    text = message.reason if isinstance(message, Abort) else message.text
+    return (FencedError if message.code == "fenced" else FaultError)(message.code, text or otherwise)
+
+
 Stream = Upload | Download
 
 
@@ -275,6 +231,7 @@ class Streams:
         self._streams: dict[str, Stream] = {}
         self._held: list[Sequence[Buffer]] = []
         self._ended: list[str] = []
+        self._first = 0
         self._lock = threading.Lock()
         self._chunk_bytes = 0
 
@@ -293,6 +250,11 @@ class Streams:
             if stream.error is not None or not stream.done.is_set():
                 self._ended.append(stream.stream)
 
+    @property
+    def blocked(self) -> bool:
+        """Whether frames wait for room in the socket."""
+        return bool(self._held)
+
     def connected(self) -> None:
         """The data link is up (again)."""
         self._held.clear()
@@ -306,7 +268,10 @@ class Streams:
             yield self._held.pop(0)
         while self._ended:
             yield encode(Abort(self._ended.pop(), "cancelled", "the peer gave it up"))
-        for stream in self._snapshot():
+        streams = self._snapshot()
+        self._first += 1  # another one is first each turn: a socket that is soon full must not starve the last
+        start = self._first % max(1, len(streams))
+        for stream in streams[start:] + streams[:start]:
             if not stream.done.is_set():
                 for frames in stream.outgoing(now, welcome):
                     yield frames
@@ -320,7 +285,7 @@ class Streams:
     def wait_s(self, now: float) -> float:
         """How long the link may wait for messages before a stream wants a turn."""
         if self._held:
-            return 0.005
+            return 1.0  # until the socket has room
         if self._ended:
             return 0.0
         return min((s.wait_s(now) for s in self._snapshot() if not s.done.is_set()), default=1.0)
@@ -334,11 +299,3 @@ class Streams:
     def _snapshot(self) -> list[Stream]:
         with self._lock:
             return list(self._streams.values())
-
-
-def _write_local(put: Put, source: Source, incoming_path: Callable[[str], Path]) -> Put:
-    name = f"{put.stream}.up"
-    with incoming_path(name).open("wb") as file:
-        for buffer in source.buffers:
-            file.write(buffer)
-    return replace(put, local=name)

@@ -253,9 +253,9 @@ class JobClient:
                 return
             self._never.wait(_POLL_S)
 
-    def rounds(self, job_id: str) -> list[dict[str, Any]]:
-        """The records of a job's committed rounds."""
-        return list(self._pages("rounds", "rounds", job_id, 0))
+    def rounds(self, job_id: str, after: int = 0) -> list[dict[str, Any]]:
+        """The records of a job's committed rounds; those behind the first ``after``."""
+        return list(self._pages("rounds", "rounds", job_id, after))
 
     def sites(self) -> list[dict[str, Any]]:
         """The sites that the broker knows: name, live, node."""

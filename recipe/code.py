@@ -72,6 +72,21 @@ def local_code(scripts: Iterable[Path], roots: Iterable[Path]) -> dict[str, Path
     return dict(sorted(found.items()))
 
 
+def named_scripts(script: Path) -> list[Path]:
+    """The Python files beside a job script that it names by a text, such as ``train_script="client.py:train"``."""
+    try:
+        parsed = ast.parse(script.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return []
+    texts = [n.value for n in ast.walk(parsed) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    places = dict.fromkeys(script.parent / text.partition(":")[0] for text in texts if _is_script_name(text))
+    return [place for place in places if place.is_file()]
+
+
+def _is_script_name(text: str) -> bool:
+    return text.partition(":")[0].endswith(".py") and "\n" not in text and len(text) < 256
+
+
 def add_file(found: dict[str, Path], name: str, path: Path) -> None:
     """Note a file's place.
 

@@ -115,7 +115,25 @@ def simulate(options: SimOptions, *, job: Job | None = None, folder: Path | None
     sites = options.sites_for(spec)
     seed = spec.seed if options.seed is None else options.seed
     threads = None if options.num_threads is None else min(len(sites), options.num_threads)
-    from ..sim.launcher import SimConfig, run_simulation  # only now: it is slow, and what is wrong is said above
+    from ..sim import preload
+
+    try:
+        preload.start_early()  # it loads what it needs while this process does
+        return _run(options, job, folder, spec, sites, seed, threads)
+    finally:
+        preload.end_early()
+
+
+def _run(
+    options: SimOptions,
+    job: Job | None,
+    folder: Path | None,
+    spec: JobSpec,
+    sites: list[str],
+    seed: int,
+    threads: int | None,
+) -> SimResult:
+    from ..sim.launcher import SimConfig, run_simulation  # only now: it is slow, and what is wrong was said before
 
     place = options.workspace_for(spec.name)
     if folder is not None and (inner := folder.expanduser().resolve()).is_relative_to(place):

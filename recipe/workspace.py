@@ -21,13 +21,15 @@ def is_ours(folder: Path) -> bool:
 
 
 def mark(folder: Path, what: str) -> None:
-    """Make a folder and mark it.
+    """Make a folder and mark it; one that is marked already stays as it is.
 
     Raises:
         StorageError: the disk refused.
     """
     from .. import __version__
 
+    if is_ours(folder):
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARKER).write_text(json.dumps({"made_by": f"fedloom {__version__}", "what": what}) + "\n")
@@ -90,13 +92,17 @@ def run_folder(folder: Path) -> Generator[Path]:
 
 @contextmanager
 def _held(folder: Path) -> Generator[None]:
-    # A POSIX record lock: unlike flock it is not shared with forked children, so it ends with this very process.
+    # flock, not a POSIX record lock: that would end as soon as anything in this process opens and closes the file, and
+    # would not keep another thread's simulation out. A forked child shares flock's, so it is ended in words.
     handle = os.open(folder / MARKER, os.O_RDWR | os.O_CLOEXEC)
     try:
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise JobError(f"another simulation is running in {folder}: name another workspace") from None
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
         os.close(handle)

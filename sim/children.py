@@ -5,6 +5,8 @@ SIGTERM ends one of them in good order, SIGKILL at any point does no harm that t
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import signal
 import threading
@@ -16,7 +18,8 @@ import structlog
 
 from ..serialization.errors import FedloomError
 from ..serialization.processes import setup_logging
-from .spawner import ForkedProcess, ForkSpawner, WarmClient
+from .forkserver.client import ForkedProcess, WarmClient
+from .forkserver.spawner import ForkSpawner
 
 __all__ = ["run_agent", "run_broker", "run_controller", "run_data"]
 
@@ -30,24 +33,31 @@ HOSTS_END_S = 8.0
 
 
 def run_broker(
-    endpoint: str, store: str, internal: str, options: dict[str, Any], log_level: str, log_json: bool
+    endpoint: str, store: str, internal: str, ready: str, options: dict[str, Any], log_level: str, log_json: bool
 ) -> None:
-    """The broker's control process."""
+    """The broker's control process; writes a byte to the pipe ``ready`` once peers can connect."""
     from ..broker.control import ControlConfig, run_control
 
     _enter(log_level, log_json)
     stop = _stop_on_terminate()
-    run_control(ControlConfig(store=Path(store), bind=endpoint, internal=internal, **(_BROKER | options)), stop)
+    config = ControlConfig(store=Path(store), bind=endpoint, internal=internal, **(_BROKER | options))
+    run_control(config, stop, on_ready=lambda _: _say_ready(ready))
 
 
-def run_data(endpoint: str, store: str, internal: str, options: dict[str, Any], log_level: str, log_json: bool) -> None:
-    """The broker's data process."""
-    from ..broker.data import DataConfig
-    from ..broker.data import run_data as serve
+def run_data(
+    endpoint: str, store: str, internal: str, ready: str, options: dict[str, Any], log_level: str, log_json: bool
+) -> None:
+    """The broker's data process; ``ready`` as `run_broker`'s."""
+    from ..broker.data import DataConfig, DataLoop
 
     _enter(log_level, log_json)
     stop = _stop_on_terminate()
-    serve(DataConfig(store=Path(store), bind=f"{endpoint}.data", internal=internal, **(_BROKER | options)), stop)
+    loop = DataLoop(DataConfig(store=Path(store), bind=f"{endpoint}.data", internal=internal, **(_BROKER | options)))
+    try:
+        _say_ready(ready)
+        loop.run(stop)
+    finally:
+        loop.close()
 
 
 def run_controller(
@@ -101,9 +111,11 @@ def run_agent(
     agent = Agent(config, ForkSpawner(client))
     try:
         agent.start()
-        while not stop.wait(0.2):
-            if agent.wait(0.0):  # the broker has refused it, or it has failed: it raises which
-                return 1
+        agent.when_ended(stop.set)
+        while not stop.wait(60.0):
+            pass
+        if agent.wait(0.0):  # the broker has refused it, or it has failed: it raises which
+            return 1
         agent.stop(HOSTS_END_S)
     except FedloomError as error:
         log.error("agent_ended", reason=str(error))
@@ -118,6 +130,16 @@ def _enter(log_level: str, log_json: bool) -> None:
     # hundreds of sites are hundreds of connections; hosts are forked elsewhere and keep the user's limit
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _say_ready(pipe: str) -> None:
+    # never blocks: the launcher holds both ends, and without it there is nobody to tell
+    with contextlib.suppress(OSError):
+        fd = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.write(fd, b".")
+        finally:
+            os.close(fd)
 
 
 def _stop_on_terminate() -> threading.Event:

@@ -21,10 +21,11 @@ from ..serialization.errors import LinkError, LinkTimeout
 from ..serialization.jobspec import JobSpec
 from ..serialization.messages import Hello
 from ..serialization.processes import setup_logging
+from .forkserver.warm import Warm
 from .gpus import parse_gpus, slots, worker_count
 from .interrupts import Shield, interruptible
 from .pipeline import LogTail, Pipeline, PipelineSettings
-from .preload import Warm, modules_for, take_warm
+from .preload import modules_for, take_warm
 from .prepare import SimConfig, max_parked, place_job, place_workspace, sites_of, wants_torch
 from .progress import Record, Reporter, SilentReporter, View, make_reporter, metrics_of, print_summary, rate_of
 
@@ -39,7 +40,9 @@ COMPLETED = "FINISHED:COMPLETED"
 #: The run's own folder in the workspace: the broker's store, the agent's workspace, the processes' logs.
 WORK_DIR = ".sim"
 
-_POLL_S = 0.2
+#: How long between two looks at the job: a share of how long it has run, so that a short run is not mostly waiting.
+_POLL_SHARE = 0.1
+_POLL_S = (0.01, 0.2)
 #: Events of the processes' logs that the run reports in its own words.
 _REPORTED = ("task_failed", "job_failed")
 _CONNECT_S = 60.0
@@ -181,6 +184,7 @@ class _Run:
         level = self._config.log_level
         tail = LogTail(pipeline.log_dir, level, () if level in ("debug", "info") else _REPORTED)
         deadline = None if self._config.timeout_s is None else self._started + self._config.timeout_s
+        begun = time.monotonic()
         while True:
             info = client.info(job_id)
             if info.round > len(self._records) or info.ended:
@@ -196,11 +200,10 @@ class _Run:
                     f" {info.rounds} done: the run was bounded by timeout_s"
                 )
             pipeline.check()
-            self._died.wait(_POLL_S)
+            self._died.wait(min(max(_POLL_S[0], (time.monotonic() - begun) * _POLL_SHARE), _POLL_S[1]))
 
     def _new_rounds(self, client: JobClient, job_id: str, rounds: int) -> None:
-        known = len(self._records)
-        for record in client.rounds(job_id)[known:]:
+        for record in client.rounds(job_id, after=len(self._records)):
             self._records.append(record)
             self._reporter.round_done(record, rounds)
             for failure in _failures_of(record):

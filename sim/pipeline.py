@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import select
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from ..executor.hosts import describe_exit, log_tail
-from .preload import Warm
-from .spawner import ForkedProcess, ProcessError
+from ..serialization.errors import ProcessError
+from .forkserver.client import ForkedProcess
+from .forkserver.warm import Warm
 
 __all__ = ["LogTail", "Pipeline", "PipelineSettings"]
 
@@ -23,6 +25,7 @@ ROLES = ("broker", "data", "controller", "agent")
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _TEXT_LEVEL = re.compile(r"^\S+(?: \S+)? \[(?:\x1b\[[0-9;]*m)*(debug|info|warning|error|critical)\b")
 _MAX_ECHO_BYTES = 256 * 1024
+_READY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +70,16 @@ class Pipeline:
         self.agent_dir = settings.work_dir / "agent"
         #: The broker's control endpoint: short, whatever the workspace is called.
         self.endpoint = f"ipc://{warm.run_dir}/broker"
+        self._ready_path = warm.run_dir / "ready"
+        self._ready = -1
 
     def start(self) -> None:
-        """Fork the four processes; they find each other through the broker.
+        """Fork the four processes; they find each other through the broker, which is there before the others look.
+
+        A peer that finds nobody tries again after up to a second, with jitter: right for a fleet, far too long here.
 
         Raises:
-            ProcessError: one cannot be started.
+            ProcessError: one cannot be started, or ends at once.
         """
         settings = self._settings
         for folder in (self.log_dir, self.agent_dir, settings.work_dir / "store"):
@@ -84,8 +91,16 @@ class Pipeline:
             "internal": f"ipc://{self._warm.run_dir}/internal",
             "options": dict(settings.broker),
         }
-        self._fork("broker", {**common, **store})
-        self._fork("data", {**common, **store})
+        os.mkfifo(self._ready_path, 0o600)
+        self._ready = os.open(self._ready_path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            for role in ("broker", "data"):
+                self._fork(role, {**common, **store, "ready": str(self._ready_path)})
+                self._await_ready(role)
+        finally:
+            with self._lock:
+                os.close(self._ready)
+                self._ready = -1
         self._fork(
             "controller",
             {
@@ -109,6 +124,14 @@ class Pipeline:
             },
         )
 
+    def _await_ready(self, role: str) -> None:
+        readable, _, _ = select.select([self._ready], [], [], _READY_S)
+        if readable:
+            os.read(self._ready, 1)
+        self.check()
+        if not readable:
+            raise ProcessError(f"the simulation's {role} process is not ready after {_READY_S:g} s")
+
     def _fork(self, role: str, args: dict[str, Any]) -> None:
         process = self._warm.fork(
             role,
@@ -128,6 +151,8 @@ class Pipeline:
             if self._stopping or self._dead is not None or process not in self._processes.values():
                 return
             self._dead = process
+            if self._ready >= 0:
+                os.write(self._ready, b"x")  # whoever waits for it to be ready waits in vain
         self._on_death()
 
     @property
@@ -143,6 +168,8 @@ class Pipeline:
         """
         dead = self._dead
         if dead is not None:
+            from ..executor.hosts import describe_exit, log_tail  # most of the executor: only when it is needed
+
             code = dead.poll()
             how = describe_exit(code) if code is not None else "has ended"
             words = log_tail(dead.log_path, limit=3000)

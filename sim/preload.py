@@ -1,6 +1,6 @@
-"""The warm process as its launcher holds it, and what it is to load before it forks.
+"""What a simulation's warm process loads before it forks, and the one that is started before it is known what runs.
 
-`start_warm` may be called long before it is known what is to run: the imports go on in the background meanwhile.
+Importing this takes a few milliseconds: `start_early` comes before all else.
 """
 
 from __future__ import annotations
@@ -9,25 +9,16 @@ import ast
 import contextlib
 import importlib.util
 import os
-import shutil
 import site
-import socket
-import subprocess
 import sys
 import sysconfig
-import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import structlog
+from ..serialization.errors import ProcessError
+from .forkserver.warm import Warm
 
-from .forkwire import Preloaded
-from .spawner import Asked, ProcessError, WarmClient
-
-__all__ = ["Warm", "modules_for", "start_early", "start_warm", "take_warm", "warmed"]
-
-log = structlog.get_logger(__name__)
+__all__ = ["end_early", "load_early", "modules_for", "start_early", "start_warm", "take_warm", "warmed"]
 
 #: What every warm process loads, whatever the job needs.
 BASE_MODULES = (
@@ -48,106 +39,11 @@ BASE_MODULES = (
 TORCH_MODULES = ("torch", "torch._dynamo")
 #: Imports known to start threads, or to break when forked: every process that needs one loads it itself.
 NEVER = frozenset({"jax", "jaxlib", "tensorflow", "ray", "grpc", "cupy", "pyspark"})
-#: One thread for each library: an OpenMP pool does not survive a fork, and a site's bits must not depend on the cores.
-THREAD_ENV = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "NUMEXPR_NUM_THREADS": "1",
-    "VECLIB_MAXIMUM_THREADS": "1",
-}
-#: Room for the sockets' names below the run folder: a unix socket's path has at most 107 bytes.
-MAX_TMP_BYTES = 60
-STOP_S = 0.6
 #: How many scripts and modules of a job are read for their imports, and how large one may be.
 MAX_SCANNED_FILES = 1000
 MAX_SCANNED_BYTES = 4 * 1024 * 1024
 
-_BOOT = "from fedloom.sim.warm import main; main()"
-
-
-class Warm(WarmClient):
-    """The warm process itself, as its launcher holds it; closing it ends everything that came out of it.
-
-    Attributes:
-        run_dir: a private folder with a short name, for the sockets of one run; it goes with the process.
-        path: where other clients connect.
-        skip: modules that it must not load.
-    """
-
-    def __init__(self, skip: Iterable[str] = ()) -> None:
-        if sys.platform != "linux":
-            raise ProcessError(f"simulations need Linux (parent-death signals, /proc); this is {sys.platform}")
-        base = tempfile.gettempdir()
-        short = base if len(os.fsencode(base)) <= MAX_TMP_BYTES else "/tmp"  # noqa: S108 - private by mkdtemp
-        self.run_dir = Path(tempfile.mkdtemp(prefix="fl-", dir=short))
-        self.path = self.run_dir / "warm"
-        self.log_path = self.run_dir / "warm.log"
-        self.skip = frozenset(skip)
-        self.wanted: dict[str, None] = {}
-        self.loading: list[Asked] = []
-        ours, theirs = socket.socketpair()
-        # the parent-death signal follows the thread, not the process: only the main thread is sure to stay
-        parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
-        try:
-            with theirs, self.log_path.open("ab") as output:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno()), str(self.run_dir), str(parent)],
-                    env={**os.environ, **THREAD_ENV},
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    pass_fds=[theirs.fileno()],
-                    process_group=0,  # a Ctrl-C at the terminal is the launcher's to handle
-                )
-        except OSError as error:
-            ours.close()
-            shutil.rmtree(self.run_dir, ignore_errors=True)
-            raise ProcessError(f"cannot start {sys.executable!r}: {error}") from None
-        super().__init__(ours)
-
-    def load(self, modules: Iterable[str]) -> None:
-        """Have modules imported, without waiting. Those of `skip` and `NEVER` are left out.
-
-        Raises:
-            ProcessError: the warm process has gone.
-        """
-        wanted = [name for name in modules if name not in self.skip and name.partition(".")[0] not in NEVER]
-        self.wanted.update(dict.fromkeys(wanted))
-        self.loading.append(self.begin_preload(wanted))
-
-    def loaded(self) -> list[Preloaded]:
-        """Wait for everything that `load` has asked for.
-
-        Raises:
-            ProcessError: the warm process has gone; with what it said last.
-        """
-        try:
-            return [self.finish_preload(asked) for asked in self.loading]
-        except ProcessError as error:
-            words = self.last_words().strip()
-            raise ProcessError(f"{error}\n{words}" if words else str(error)) from None
-        finally:
-            self.loading.clear()
-
-    def last_words(self, limit: int = 2000) -> str:
-        """The end of what the warm process and processes without a log of their own have written."""
-        try:
-            return self.log_path.read_bytes()[-limit:].decode(errors="replace")
-        except OSError:
-            return ""
-
-    def close(self) -> None:
-        """Kill every process that came out of it, and it; within a second. Harmless a second time."""
-        super().close()
-        try:
-            self.process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            # in the middle of an import, or waiting for a process that the kernel does not let go
-            self.process.kill()
-            self.process.wait()
-            self.kill_others()
-        shutil.rmtree(self.run_dir, ignore_errors=True)
+_early: list[Warm] = []
 
 
 def start_warm(modules: Iterable[str] = (), *, skip: Iterable[str] = ()) -> Warm:
@@ -158,7 +54,7 @@ def start_warm(modules: Iterable[str] = (), *, skip: Iterable[str] = ()) -> Warm
     """
     warm = Warm(skip)
     try:
-        warm.load([*BASE_MODULES, *modules])
+        warm.load([*BASE_MODULES, *_loadable(modules)])
     except ProcessError:
         warm.close()
         raise
@@ -176,7 +72,7 @@ def warmed(warm: Warm, modules: Sequence[str]) -> Warm:
     for number in range(len(warm.wanted) + len(modules)):
         try:
             if number == 0:
-                warm.load(modules)
+                warm.load(_loadable(modules))
             answers = warm.loaded()
         except BaseException:
             warm.close()
@@ -187,20 +83,43 @@ def warmed(warm: Warm, modules: Sequence[str]) -> Warm:
         warm.close()
         if unsafe in BASE_MODULES:
             raise ProcessError(f"importing {unsafe} started a thread: the warm process cannot fork")
-        log.info("preload_skipped", module=unsafe, reason="its import starts threads or touches a GPU")
+        _log_skipped(unsafe)
         warm = start_warm(warm.wanted, skip=warm.skip | {unsafe})
     warm.close()
     raise ProcessError("every list of modules to preload has one that starts a thread")
 
 
-_early: list[Warm] = []
+def _loadable(modules: Iterable[str]) -> list[str]:
+    return [name for name in modules if name.partition(".")[0] not in NEVER]
 
 
-def start_early(paths: Iterable[Path]) -> None:
-    """Start the next simulation's warm process for the code at ``paths`` now: it loads while the job is read."""
+def _log_skipped(module: str) -> None:
+    import structlog  # not before the warm process is started
+
+    log = structlog.get_logger(__name__)
+    log.info("preload_skipped", module=module, reason="its import starts threads or touches a GPU")
+
+
+def start_early() -> None:
+    """Start the next simulation's warm process now: it loads fedloom's modules while the job is read."""
     if not _early:
         with contextlib.suppress(ProcessError):  # the simulation itself will say it
-            _early.append(start_warm(modules_for(paths)))
+            _early.append(start_warm())
+
+
+def load_early(paths: Iterable[Path]) -> None:
+    """Have the warm process that was started early, if one was, load what the code at ``paths`` imports."""
+    for warm in _early:
+        with contextlib.suppress(ProcessError):
+            warm.load(modules_for(paths))
+
+
+def end_early() -> None:
+    """End the warm process that was started early and not taken."""
+    while _early:
+        warm = _early.pop()
+        warm.process.terminate()  # it may be in the middle of an import
+        warm.close()
 
 
 def take_warm(modules: Sequence[str]) -> Warm:
@@ -210,10 +129,17 @@ def take_warm(modules: Sequence[str]) -> Warm:
         ProcessError: no warm process can be had.
     """
     early = _early.pop() if _early else None
-    if early is not None and (early.lost or early.process.poll() is not None):
+    if early is not None and not _fits(early):
         early.close()
         early = None
     return warmed(early or start_warm(modules), modules)
+
+
+def _fits(warm: Warm) -> bool:
+    try:
+        return warm.process.poll() is None and warm.follow_env(os.environ)
+    except ProcessError:
+        return False
 
 
 def modules_for(paths: Iterable[Path], *, torch: bool = False) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.05)
     args = parser.parse_args()
 

@@ -24,7 +24,7 @@ SEED = 0
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train on scikit-learn's digits, split over eight sites.")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, help="how many sites run at once (default: all of them)")
     parser.add_argument("--workspace", help="where a simulation keeps its results (default: ./fedloom-workspace)")
     parser.add_argument("--broker", metavar="ENDPOINT", help="run at this broker instead of simulating")
@@ -41,7 +41,7 @@ def main() -> None:
         min_clients=NUM_SITES,
         num_rounds=args.rounds,
         train_script=str(HERE / "client.py"),
-        train_args="--epochs 3 --lr 0.05",
+        train_args="--epochs 4 --lr 0.05",
         seed=SEED,
     )
     if args.export:

@@ -120,6 +120,7 @@ def _run_script(script: Path, args: list[str], overrides: Overrides, as_json: bo
     """Run the script as Python would, with the options in force; exit as its jobs, or the script itself, did."""
     from ..overrides import applied
 
+    _load_early(script.resolve())
     sys.argv = [str(script), *args]
     sys.path.insert(0, str(script.resolve().parent))
     code, out = DONE, sys.stdout
@@ -144,6 +145,15 @@ def _run_script(script: Path, args: list[str], overrides: Overrides, as_json: bo
     # a client that failed is seen in the exit code, even where the rounds went on without it
     failed = any(run.failures or run.status not in ("FINISHED:COMPLETED", "SUBMITTED") for run in overrides.runs)
     raise typer.Exit(code or (FAILED if failed else DONE))
+
+
+def _load_early(script: Path) -> None:
+    """Have the warm process load what the clients will probably need, while the script itself is still loading."""
+    from ...sim.preload import load_early
+    from ..code import local_code, named_scripts
+
+    with contextlib.suppress(JobError):  # the script itself will say it
+        load_early(local_code(named_scripts(script), [script.parent]).values())
 
 
 def _print_runs(overrides: Overrides, out: TextIO) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...serialization.errors import CodecError, ProcessError
-from .wire import Exited, Fork, Frames, Kill, Message, Preload, Preloaded, Refused, Started, frame
+from .wire import Environ, Exited, Fork, Frames, Kill, Message, Preload, Preloaded, Refused, Started, frame
 
 __all__ = ["Asked", "ForkedProcess", "WarmClient"]
 
@@ -174,6 +174,14 @@ class WarmClient:
         if not isinstance(answer, Preloaded):
             raise ProcessError(f"the warm process answered {answer.OP!r} to a list of modules")
         return answer
+
+    def set_env(self, env: dict[str, str], unset: Sequence[str] = ()) -> None:
+        """Change the warm process's environment, which every later process gets.
+
+        Raises:
+            ProcessError: the warm process has gone.
+        """
+        self._send(Environ(env, tuple(unset)))
 
     def send_signal(self, pid: int, number: int) -> None:
         """A signal to one of this client's processes and its group; nothing happens where it has ended."""

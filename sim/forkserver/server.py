@@ -28,7 +28,7 @@ from pathlib import Path
 from ...serialization.errors import CodecError
 from ...serialization.processes import die_with_parent
 from .forked import become, check
-from .wire import Exited, Fork, Frames, Kill, Message, Preload, Preloaded, Refused, Started, frame
+from .wire import Environ, Exited, Fork, Frames, Kill, Message, Preload, Preloaded, Refused, Started, frame
 
 __all__ = ["Server", "main"]
 
@@ -41,7 +41,7 @@ _READ_BYTES = 256 * 1024
 
 
 def main() -> None:
-    """Entry point of the interpreter that `sim.spawner.start_warm` starts: CONTROL_FD RUN_DIR PARENT_PID."""
+    """Entry point of the interpreter that `Warm` starts: CONTROL_FD RUN_DIR PARENT_PID."""
     control_fd, run_dir, parent = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     sys.argv = ["fedloom-warm"]
     if parent:
@@ -203,6 +203,10 @@ class Server:
             case Kill(pid, number):
                 if pid in client.pids or (client.control and pid in self._owner):
                     _kill_group(pid, number)
+            case Environ(env, unset):
+                for name in unset:
+                    os.environ.pop(name, None)
+                os.environ.update(env)
             case Preload(number, modules):
                 if self._owner:
                     self._send(client, Refused(number, "modules are loaded before the first process starts"))

@@ -1,8 +1,8 @@
 """What the warm process and its clients say to each other: length-prefixed msgpack maps over an AF_UNIX stream.
 
-A client sends `Preload`, `Fork` and `Kill`; the warm process answers `Preloaded`, and `Started` or `Refused`, and says
-`Exited` when a process has ended. The launcher's own connection also hears of everybody else's processes (`Started` and
-`Exited` with number 0), so that it can clear up after a warm process that was killed.
+A client sends `Preload`, `Environ`, `Fork` and `Kill`; the warm process answers `Preloaded`, `Started` or `Refused`,
+and says `Exited` when a process has ended. The launcher's own connection also hears of everybody else's processes
+(`Started` and `Exited` with number 0), so that it can clear up after a warm process that was killed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ from typing import Annotated, Any, ClassVar
 from ...serialization.codec import Limit, decode_fields, encode_fields, pack, unpack
 from ...serialization.errors import CodecError
 
-__all__ = ["Exited", "Fork", "Frames", "Kill", "Message", "Preload", "Preloaded", "Refused", "Started", "frame"]
+__all__ = [
+    "Environ",
+    "Exited",
+    "Fork",
+    "Frames",
+    "Kill",
+    "Message",
+    "Preload",
+    "Preloaded",
+    "Refused",
+    "Started",
+    "frame",
+]
 
 MAX_FRAME_BYTES = 1024 * 1024
 _LENGTH = struct.Struct(">I")
@@ -31,6 +43,15 @@ class Preload:
     OP: ClassVar[str] = "preload"
     number: Number
     modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Environ:
+    """Change the warm process's own environment, which every later process gets. Not answered."""
+
+    OP: ClassVar[str] = "environ"
+    env: dict[str, str] = field(default_factory=dict)
+    unset: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +122,7 @@ class Kill:
     signal: Annotated[int, Limit(low=1, high=64)] = 9
 
 
-Message = Preload | Preloaded | Fork | Started | Refused | Exited | Kill
+Message = Preload | Preloaded | Environ | Fork | Started | Refused | Exited | Kill
 
 _OPS: dict[str, type[Any]] = {cls.OP: cls for cls in Message.__args__}
 

@@ -240,12 +240,26 @@ def finish(executor: Peer, task: tuple[Assign, TaskRef, str], data: bytes = b"re
     return executor.one(Stored)
 
 
+def indices(job: Peer) -> list[int]:
+    """The numbers of the results that a job process was sent since."""
+    return [item.index for done in job.take(Done) for item in done.items]
+
+
+def partial_of(executor: Peer, tasks: list[tuple[Assign, TaskRef, str]], payload: PayloadRef) -> Done:
+    """A Done of these tasks as one partial."""
+    assign = tasks[0][0]
+    items = tuple(DoneItem(ref.task, ref.attempt, site) for _, ref, site in tasks)  # pyright: ignore[reportArgumentType]
+    return Done(assign.job, assign.gather, items, partial=payload)
+
+
 class Tools:
     """The helpers above, for test files."""
 
     opening = staticmethod(opening)
     work = staticmethod(work)
     finish = staticmethod(finish)
+    indices = staticmethod(indices)
+    partial_of = staticmethod(partial_of)
     World = World
     Peer = Peer
 

@@ -51,7 +51,7 @@ def test_demo_reaches_the_accuracy(children: Any, repo: Path, workspace: Path) -
     assert (result / "best_model.safetensors").is_file()
 
     rounds = [json.loads(line) for line in (result / "metrics.jsonl").read_text().splitlines()]
-    assert [record["round"] for record in rounds] == list(range(15))
+    assert [record["round"] for record in rounds] == list(range(20))
     scores = [record["metrics"]["accuracy"] for record in rounds]
     assert scores[0] < 0.3  # of the initial model: a metric describes the model that was received
     assert scores[-1] >= 0.93
@@ -60,7 +60,7 @@ def test_demo_reaches_the_accuracy(children: Any, repo: Path, workspace: Path) -
         assert record["failures"] == []
     assert json.loads((result / "summary.json").read_text())["status"] == "FINISHED:COMPLETED"
     log = (result / "logs" / "site-3.log").read_text()
-    assert "site-3 round 14" in log
+    assert "site-3 round 19" in log
     children.gone()
 
 

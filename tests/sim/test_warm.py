@@ -15,8 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fedloom.sim.preload import THREAD_ENV, Warm, modules_for, start_warm, warmed
-from fedloom.sim.spawner import ForkedProcess, ProcessError, WarmClient
+from fedloom.serialization.errors import ProcessError
+from fedloom.sim.forkserver.client import ForkedProcess, WarmClient
+from fedloom.sim.forkserver.warm import THREAD_ENV, Warm
+from fedloom.sim.preload import modules_for, start_warm, warmed
 
 pytestmark = pytest.mark.process
 
@@ -327,7 +329,7 @@ def test_close_ends_everything_within_a_second(probe_path: Path, tmp_path: Path)
 LAUNCHER = """
 import sys, threading
 from fedloom.sim.preload import start_warm, warmed
-from fedloom.sim.spawner import WarmClient
+from fedloom.sim.forkserver.client import WarmClient
 
 def go():
     warm = warmed(start_warm(["probe"]), [])

@@ -80,6 +80,30 @@ def test_controller_after_k_of_n_folds(
     assert executions == {f"{site} {round}": 1 for site in SITES for round in range(3)}
 
 
+def test_controller_behind_a_checkpoint(
+    cluster: Any, jobs: Any, undisturbed: Callable[..., str], sha256: Callable[[Path], str]
+) -> None:
+    """Each result is checkpointed and freed at once; the next process goes on from the checkpoint."""
+    options = {"elements": 20_000}
+    calm = undisturbed(**options)
+    cluster.broker()
+    cluster.controller(fault="job.before_checkpoint:3")
+    for site in SITES:
+        cluster.executor(site)
+    folder = jobs.export(**options)
+    config = folder / "app/config/config_fed_server.json"
+    server = json.loads(config.read_text())
+    server["workflows"][0]["args"]["checkpoint_bytes"] = 1
+    config.write_text(json.dumps(server))
+    job_id = cluster.submit(folder)
+    _until(lambda: cluster.faults_hit(), "the fault point was reached")
+    cluster.children.all[1].kill()
+    successor = cluster.controller()
+    assert sha256(cluster.result(job_id)) == calm
+    assert plain(successor.text).count("checkpoint ") > 3
+    assert Counter(jobs.runs()) == {f"{site} {round}": 1 for site in SITES for round in range(3)}
+
+
 @pytest.mark.parametrize("momentum", [False, True], ids=["stateless", "momentum"])
 @pytest.mark.parametrize("at", [6, 14])
 def test_broker_between_commit_and_send(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fedloom.recipe import SimEnv
+from fedloom.recipe import ProdEnv, SimEnv
 
 pytestmark = pytest.mark.process
 
@@ -71,3 +71,28 @@ def test_scales_that_do_not_hold(jobs: Any, workspace: Path, sha256: Callable[[P
     assert records(partials)[1]["redone"] == 8
     assert records(singles)[1]["redone"] == 0
     assert all(record["state_lost"] == [] for record in records(partials))
+
+
+def test_external_process_and_a_script_for_each_task(jobs: Any, workspace: Path, sha256: Callable[[Path], str]) -> None:
+    """How the script is started changes nothing: forked, by a command of its own, or anew for each task."""
+    forked = simulate(jobs, workspace / "forked", threads=2, momentum=True)
+    external = simulate(
+        jobs, workspace / "external", threads=2, momentum=True, launch_external_process=True, command="python3 -u"
+    )
+    anew = simulate(jobs, workspace / "anew", threads=2, momentum=True, launch_once=False)
+    assert sha256(forked) == sha256(external) == sha256(anew)
+    assert len(jobs.runs()) == 3 * 8 * 3
+
+
+def test_at_a_broker_through_prod_env(jobs: Any, cluster: Any, workspace: Path, sha256: Callable[[Path], str]) -> None:
+    """`recipe.execute(ProdEnv(endpoint))`, as a program uses it: the simulation's bits, streamed instead of mapped."""
+    simulated = sha256(simulate(jobs, workspace / "sim", threads=2, elements=100_000))
+    cluster.broker()
+    cluster.controller(streamed=True)
+    for number in range(1, 9):
+        cluster.executor(f"site-{number}", streamed=number % 2 == 0)
+    run = jobs.recipe(clients=8, elements=100_000).execute(ProdEnv(cluster.endpoint))
+    assert run.wait(timeout=120) == "FINISHED:COMPLETED"
+    assert run.get_status() == "FINISHED:COMPLETED"
+    assert [record["round"] for record in run.metrics()] == [0, 1, 2]
+    assert sha256(Path(run.get_result())) == simulated
