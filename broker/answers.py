@@ -32,12 +32,14 @@ def answer(state: BrokerState, message: Ask) -> tuple[Answer, bytes]:
             data = _events(state, message)
         case "rounds":
             data = _rounds(state, message)
+        case "broker":
+            data = _broker(state)
         case "sites":
             data = _sites(state, message)
         case _:
             raise FaultError(
                 "unknown_question",
-                f"{message.what!r} is no question; ask for job, jobs, events, rounds, sites or abort",
+                f"{message.what!r} is no question; ask for job, jobs, events, rounds, sites, broker or abort",
             )
     packed = pack(data)
     if len(packed) <= _BODY_BYTES:
@@ -50,7 +52,9 @@ def job_answer(job: Job) -> dict[str, Any]:
     commit = job.commit
     return _summary(job) | {
         "reason": job.reason,
-        "sites": list(job.sites),
+        "sites": _bounded(job.sites),
+        "site_count": len(job.sites),
+        "late": sum(job.late.values()),
         "claim": job.claim,
         "commit": None
         if commit is None
@@ -92,6 +96,18 @@ def _summary(job: Job) -> dict[str, Any]:
     }
 
 
+def _bounded(names: tuple[str, ...]) -> list[str]:
+    """As many of the names as an answer holds."""
+    out: list[str] = []
+    used = 0
+    for name in names:
+        used += 4 * len(name) + 5
+        if used > _PAGE_BYTES:
+            break
+        out.append(name)
+    return out
+
+
 def _ref(ref: PayloadRef | None) -> dict[str, Any] | None:
     return None if ref is None else {"id": ref.id, "size": ref.size, "digest": ref.digest, "type": ref.type}
 
@@ -107,6 +123,27 @@ def _page(key: str, rows: list[tuple[int, dict[str, Any]]], after: int) -> dict[
         out.append(row)
         after = at
     return {key: out, "next": after}
+
+
+def _broker(state: BrokerState) -> dict[str, Any]:
+    """How full it is, and what it has counted since it was started."""
+    quota = state.quota
+    return {
+        "epoch": state.epoch,
+        "spool": {
+            "quota_bytes": quota.total,
+            "used_bytes": state.payloads.used_bytes,
+            "coming_bytes": quota.used - state.payloads.used_bytes,
+            "reserved_bytes": quota.reserved,
+            "payloads": len(state.payloads.rows),
+            "waits": quota.refused,
+        },
+        "sessions": len(state.sessions.by_id),
+        "jobs": len(state.jobs.jobs),
+        "gathers": len(state.ledger.gathers),
+        "tasks": len(state.ledger.tasks),
+        "counters": dict(state.counters),
+    }
 
 
 def _jobs(state: BrokerState, message: Ask) -> dict[str, Any]:
@@ -125,9 +162,9 @@ def _events(state: BrokerState, message: Ask) -> dict[str, Any]:
 
 
 def _rounds(state: BrokerState, message: Ask) -> dict[str, Any]:
-    state.jobs.get(message.job)
+    late = state.jobs.get(message.job).late
     rows = [
-        (ordinal, {"round": round_, **record})
+        (ordinal, {"round": round_, **record} | ({"late": late[str(round_)]} if str(round_) in late else {}))
         for ordinal, round_, record in state.journal.records(message.job, message.after, message.limit)
     ]
     return _page("rounds", rows, message.after)

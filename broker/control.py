@@ -19,7 +19,7 @@ import zmq
 
 from ..serialization.envelope import MAX_TAIL_BYTES
 from ..serialization.errors import CodecError, StorageError, WireError
-from ..serialization.messages import Bye, Fault, Message, decode, encode
+from ..serialization.messages import Ask, Bye, Fault, Get, Message, Packet, Ping, Progress, decode, encode
 from .core import ControlCore
 from .journal import Journal
 from .ledger import Limits
@@ -37,6 +37,8 @@ _BATCH = 256
 _BLOCKED_S = 0.02
 _DATA_OUTBOX = 65536
 _MAX_ERRORS = 100
+#: Messages whose handlers change nothing of what the journal has.
+_READS = (Ask, Get, Ping, Progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +62,14 @@ class ControlConfig:
     takeover_s: float = 1.0
     start_s: float = 30.0
     retry_s: float = 1.0
+    quota_bytes: int = 0  # of the spool; 0: four fifths of the disk's free space at the start, and what is here
 
     @property
     def local(self) -> bool:
         """Whether payload files may be offered to co-located peers."""
         return self.trust_local and is_local(self.bind) and (not self.data_bind or is_local(self.data_bind))
 
-    def settings(self, endpoint: str) -> Settings:
+    def settings(self, endpoint: str, quota_bytes: int = 0) -> Settings:
         """What the core is told, bound at ``endpoint``."""
         return Settings(
             timing=Timing(self.ping_s, self.dead_s, self.lost_s, self.takeover_s),
@@ -76,6 +79,7 @@ class ControlConfig:
             window=self.window,
             integrity=self.integrity,
             trust_local=self.local,
+            quota_bytes=self.quota_bytes or quota_bytes,
             start_s=self.start_s,
         )
 
@@ -138,14 +142,13 @@ class ControlLoop:
         self._context = make_context(2)
         self._journal: Journal | None = None
         try:
-            spool = Spool(config.store, config.durability)
+            self._spool = Spool(config.store, config.durability)
             self._journal = Journal(config.store / "journal.db", config.durability)
             self._peers = make_socket(self._context, "control-router")
             self._data = make_socket(self._context, "internal-router")
             # the replay comes before the bind: a peer that connects is answered at once
-            self.core = ControlCore(
-                config.settings(config.bind), self._journal, spool, secrets.token_hex(8), self._clock.now()
-            )
+            settings = config.settings(config.bind, self._spool.default_quota())
+            self.core = ControlCore(settings, self._journal, self._spool, secrets.token_hex(8), self._clock.now())
             bind(self._data, config.internal)
             self.endpoint = bind(self._peers, config.bind, config.insecure)
         except BaseException:
@@ -163,8 +166,14 @@ class ControlLoop:
             self._poll()
             self._receive_peers()
             self._receive_data()
-            self.core.tick(self._clock.now())
-            self.core.commit()
+            try:
+                self.core.tick(self._clock.now())
+                self.core.commit()
+            except StorageError:
+                raise
+            except Exception:  # noqa: BLE001 - as in `_receive_peers`
+                self._failed("turn")
+                self._start_over()
             self._send_all()
             if every_turn is not None:
                 every_turn()
@@ -217,8 +226,9 @@ class ControlLoop:
                 self.core.handle(peer, packet, now)
             except StorageError:
                 raise
-            except Exception:  # noqa: BLE001 - the outermost guard: one message must not stop the others
+            except Exception as error:  # noqa: BLE001 - the outermost guard: one message must not stop the others
                 self._failed(type(packet.message).__name__)
+                self._answer_failed(peer, packet, error)
 
     def _receive_data(self) -> None:
         for _ in range(_BATCH):
@@ -237,6 +247,31 @@ class ControlLoop:
                 raise
             except Exception:  # noqa: BLE001 - as above
                 self._failed("data")
+                self._start_over()
+
+    def _answer_failed(self, peer: bytes, packet: Packet, error: Exception) -> None:
+        """Whoever waits for an answer gets one; and no half of a change is ever committed."""
+        text = f"the broker failed at this {type(packet.message).__name__}: {error!r}"
+        fault = Fault("internal", text[:4096], getattr(packet.message, "ref", 0), packet.sequence)
+        self._sequence += 1
+        self._put_out(peer, fault, b"", self._sequence)
+        if not (isinstance(packet.message, _READS) and getattr(packet.message, "what", "") != "abort"):
+            self._start_over()
+
+    def _start_over(self) -> None:
+        """Forget what is in memory and go on from the journal, as after a crash: peers say Hello and repeat.
+
+        A handler that fails half way is a bug, and nothing tells which half was done. What the turn changed before it
+        was acknowledged to nobody.
+        """
+        assert self._journal is not None
+        peers = [session.peer for session in self.core.state.sessions.by_id.values()]
+        self._journal.rewind()
+        settings = self.core.state.settings
+        self.core = ControlCore(settings, self._journal, self._spool, secrets.token_hex(8), self._clock.now())
+        for peer in peers:
+            self._sequence += 1
+            self._put_out(peer, Fault("session", "the broker started over: say Hello again"), b"", self._sequence)
 
     def _failed(self, kind: str) -> None:
         self._errors += 1
@@ -279,6 +314,8 @@ class ControlLoop:
     def _put_out(self, peer: bytes, message: Message, tail: bytes, sequence: int) -> bool | None:
         """Hand a message to the socket: True sent, None full, False gone."""
         try:
+            if len(tail) > MAX_TAIL_BYTES:  # the peer would cut the connection, and ask again
+                raise CodecError(f"{type(message).__name__} with a tail of {len(tail)} bytes; at most {MAX_TAIL_BYTES}")
             frames = encode(message, tail, sequence)
         except CodecError as error:
             log.error("message_too_large", kind=type(message).__name__, error=str(error))

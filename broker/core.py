@@ -117,7 +117,9 @@ class ControlCore:
         self.data_out: list[Message] = []
         self._expired_at = now
         self._scanned_at = 0.0
-        recover(self.state, now)
+        for job in recover(self.state, now):
+            self.jobs.finished(job, now)
+        self.tasks.recover()
 
     # ------------------------------------------------------------ messages
 
@@ -223,7 +225,7 @@ class ControlCore:
         if session is None:
             return  # a rival may be dying: decided in tick
         for old in arrival.ended:
-            if old.node == session.node and session.role == _EXECUTOR:
+            if old.node == session.node and old.role == session.role == _EXECUTOR:
                 self._tell_ended(old)  # its leases go to the new boot, or back, with what that holds
             else:
                 self._ended(old, now, polite=False)
@@ -305,6 +307,7 @@ class ControlCore:
         if now - self._expired_at >= _EXPIRE_S:
             self._expired_at = now
             state.payloads.expire("submit", now - SUBMIT_KEEP_S)
+            self.payloads.expire_admissions(now)
 
     def _settle_arrivals(self, now: float) -> None:
         """Hellos that waited for a rival's death."""
@@ -350,6 +353,9 @@ class ControlCore:
             state.forget_small(payload)
             state.spool.delete(payload)
         state.payloads.doomed.clear()
+        if state.abandoned:
+            state.spool.drop_incoming(state.abandoned)
+            state.abandoned.clear()
         for to, message, tail in state.replies:
             if isinstance(to, Session):
                 if to.lost_at is None:
@@ -366,6 +372,8 @@ class ControlCore:
     def next_at(self, now: float) -> float:
         """When `tick` is needed at the latest, if no message comes."""
         timing = self.state.settings.timing
+        if self.tasks.more:
+            return now
         soonest = now + (0.05 if self.state.sessions.waiting else min(1.0, timing.ping_s / 2))
         due = self.state.ledger.next_at
         return soonest if due is None else max(now, min(soonest, due))

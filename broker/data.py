@@ -35,7 +35,10 @@ from .sockets import bind, connect, make_context, make_socket
 from .spool import Durability, Spool
 from .transfers import CONTROL, Limits, Outgoing, Transfers
 
-__all__ = ["DataConfig", "main", "run_data"]
+__all__ = ["STORAGE_EXIT", "DataConfig", "main", "run_data"]
+
+#: The process's exit code when its disk failed: it must not be started again as if nothing had been.
+STORAGE_EXIT = 5
 
 log = structlog.get_logger(__name__)
 
@@ -310,6 +313,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             loop.run(stop)
         finally:
             loop.close()
+    except StorageError as error:
+        log.error("data_failed", error=str(error))
+        return STORAGE_EXIT
     except FedloomError as error:
         log.error("data_failed", error=str(error))
         return 3

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import structlog
 
-from ..serialization.codec import CodecError, encode_fields, pack, unpack
+from ..serialization.codec import CodecError, check_plain, encode_fields, pack, unpack
 from ..serialization.envelope import MAX_TAIL_BYTES
 from ..serialization.errors import FaultError
 from ..serialization.messages import (
@@ -35,6 +35,8 @@ __all__ = ["JobDesk", "names_in"]
 log = structlog.get_logger(__name__)
 
 _MAX_CONFIG_BYTES = 40 * 1024
+#: What users give goes on to others inside of lists and maps, where it must not be nested too deep.
+_SPARE_DEPTH = 4
 
 
 class JobDesk:
@@ -51,9 +53,16 @@ class JobDesk:
     def submit(self, session: Session, message: SubmitJob, now: float) -> None:
         """A new job, whose archive was put before."""
         state = self._state
-        known = message.token in {j.token for j in state.jobs.jobs.values()}
-        if not known:
+        if not state.jobs.knows(message.token):
             state.require(message.archive)
+            check_plain(message.meta, _SPARE_DEPTH)
+            size = message.meta.get("model_bytes", 0)
+            if isinstance(size, int) and size > 0:
+                state.quota.check_fit(message.archive.size, size)
+            if len(pack(message.meta)) > state.settings.max_meta_bytes:
+                raise FaultError(
+                    "too_large", f"meta of more than {state.settings.max_meta_bytes} bytes (max_meta_bytes)"
+                )
         job, fresh = state.jobs.submit(message, now)
         if fresh:
             state.payloads.hold(job.archive.id, f"job:{job.id}", now)
@@ -162,6 +171,7 @@ class JobDesk:
         """A round is durable: its model, state and record become visible, its gathers and the models before go."""
         state = self._state
         job = self._own(session, message.job, message.claim)
+        check_plain(message.record, _SPARE_DEPTH)
         last = job.commit
         if last is None or last.round != message.round:
             state.require(message.model, message.state, message.best_model)
@@ -211,16 +221,23 @@ class JobDesk:
 
     def event(self, message: Event, now: float) -> None:
         """Keep somebody's event."""
+        check_plain(message.data, _SPARE_DEPTH)
         self._state.event(message.job, message.kind, now, site=message.site, text=message.text, data=message.data)
 
     def _release(self, job: Job, up_to_round: int | None) -> None:
         payloads = self._state.payloads
-        for gather in self._state.ledger.release(job.id, up_to_round):
+        ledger = self._state.ledger
+        for gather in ledger.forget_job(job.id) if up_to_round is None else ledger.release(job.id, up_to_round):
             payloads.release_all(f"gather:{gather.id}")
             payloads.release_all(f"checkpoint:{gather.id}")
             for tid in gather.tasks:
                 payloads.release_all(f"task:{tid}")
+            self._state.abandoned.update(gather.tasks)
+            self._state.quota.forget(tasks=frozenset(gather.tasks))
         payloads.release_all(f"put:{job.id}")
+        payloads.release_all(f"part:{job.id}")
+        if up_to_round is None:
+            self._state.abandoned.update(self._state.quota.forget(job=job.id))
 
     def _own(self, session: Session, job_id: str, claim: int) -> Job:
         """The job, if this session is its process and the claim is the current one."""

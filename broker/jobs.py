@@ -23,7 +23,7 @@ _RESTART_MAX_S = 10.0
 
 @dataclass(slots=True)
 class Job:
-    """One job; the fields after ``sites`` are not journaled."""
+    """One job; the fields after ``late`` are not journaled."""
 
     id: JobId
     token: str
@@ -40,6 +40,7 @@ class Job:
     crashes: int = 0  # since the last commit
     ended_at: float | None = None
     sites: tuple[str, ...] = ()
+    late: dict[str, int] = field(default_factory=dict[str, int])  # round: results that came and were refused
     live: bool = False  # the job process of this claim has a session
     claim_until: float = 0.0  # while not live: when the claim lapses
     available_at: float = 0.0
@@ -81,6 +82,14 @@ class Jobs:
         if found is None:
             raise FaultError("unknown_job", f"no job {job!r} here: `fedloom job list` shows those that are")
         return found
+
+    def active(self) -> Iterable[Job]:
+        """Those that have not ended."""
+        return self._active.values()
+
+    def knows(self, token: str) -> bool:
+        """Whether this token has submitted a job before."""
+        return token in self._tokens
 
     def submit(self, message: SubmitJob, now: float) -> tuple[Job, bool]:
         """A new job, or the one that this token submitted before; and whether it is new.
@@ -237,6 +246,11 @@ class Jobs:
         if len(known) != before:
             job.sites = tuple(known)
             self._touch(job)
+
+    def refused(self, job: Job, round_: int, count: int) -> None:
+        """So many results of a round were late, stale or not known."""
+        job.late[str(round_)] = job.late.get(str(round_), 0) + count
+        self._touch(job)
 
     def finish(self, job: Job, status: str, reason: str, now: float) -> None:
         """Give the job its final status."""

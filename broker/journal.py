@@ -43,7 +43,7 @@ CREATE TABLE payloads(id TEXT PRIMARY KEY, size INTEGER NOT NULL, digest TEXT NO
     WITHOUT ROWID;
 CREATE TABLE holds(payload TEXT, holder TEXT, at REAL NOT NULL, PRIMARY KEY(payload, holder)) WITHOUT ROWID;
 CREATE TABLE sites(job TEXT, site TEXT, version TEXT NOT NULL, settled INTEGER NOT NULL, last TEXT NOT NULL,
-    PRIMARY KEY(job, site)) WITHOUT ROWID;
+    attempt TEXT NOT NULL, PRIMARY KEY(job, site)) WITHOUT ROWID;
 CREATE TABLE events(job TEXT, seq INTEGER, at REAL NOT NULL, kind TEXT NOT NULL, site TEXT NOT NULL, text TEXT NOT NULL,
     data BLOB NOT NULL, PRIMARY KEY(job, seq)) WITHOUT ROWID;
 """
@@ -56,6 +56,7 @@ class StoredResult:
     item: DoneItem
     inline: bytes | None
     partial: PayloadRef | None
+    packed_bytes: int  # of the item
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,8 @@ class Journal:
             self._prepare()
         except sqlite3.Error as error:
             raise StorageError(f"journal {self.path}: {error}") from None
-        self.event_seq: dict[JobId, int] = {
-            JobId(job): seq for job, seq in self._db.execute("SELECT job, max(seq) FROM events GROUP BY job")
-        }
+        self.event_seq: dict[JobId, int] = {}
+        self.rewind()
 
     def _prepare(self) -> None:
         tables = self._db.execute("SELECT count(*) FROM sqlite_master WHERE name='meta'").fetchone()[0]
@@ -109,6 +109,11 @@ class Journal:
                 f"journal {self.path} has schema {seen}, this fedloom writes {SCHEMA}: use the version that made it, or"
                 " another --store"
             )
+
+    def rewind(self) -> None:
+        """Number events from the last one that was committed."""
+        found = self._db.execute("SELECT job, max(seq) FROM events GROUP BY job")
+        self.event_seq = {JobId(job): seq for job, seq in found}
 
     def close(self) -> None:
         """Close the database; what was committed is there."""
@@ -143,7 +148,7 @@ class Journal:
         events, records = list(events), list(records)
         changed = (
             ledger.dirty_tasks or ledger.dirty_gathers or ledger.dirty_sites or ledger.fresh or ledger.released
-            or ledger.rewrites
+            or ledger.rewrites or ledger.forgotten
             or jobs.dirty or payloads.ops or events or records
         )  # fmt: skip
         if not changed:
@@ -165,6 +170,7 @@ class Journal:
             ledger.fresh,
             ledger.released,
             ledger.rewrites,
+            ledger.forgotten,
         ):
             changes.clear()
         jobs.dirty.clear()
@@ -229,13 +235,14 @@ class Journal:
             "INSERT OR REPLACE INTO results VALUES(?,?,?,?,?)", [rows.result_row(fresh) for fresh in ledger.fresh]
         )
         self._db.executemany(
-            "INSERT OR REPLACE INTO sites VALUES(?,?,?,?,?)",
+            "INSERT OR REPLACE INTO sites VALUES(?,?,?,?,?,?)",
             [
-                (job, site, state.version, state.settled, state.last)
+                (job, site, state.version, state.settled, state.last, state.attempt)
                 for (job, site) in ledger.dirty_sites
                 if (state := ledger.site_states.get((job, site)))
             ],
         )
+        self._db.executemany("DELETE FROM sites WHERE job=?", [(job,) for job in ledger.forgotten])
 
     def _save_events(self, events: Iterable[EventRow]) -> None:
         self._db.executemany(
@@ -274,8 +281,8 @@ class Journal:
                 (PayloadRef(*row) for row in self._rows("payloads", "id, size, digest, type", "id")),
                 (Hold(*row) for row in self._rows("holds", "payload, holder, at", "payload")),
             )
-            for job, site, version, settled, last in self._rows("sites", "job, site, version, settled, last", "job"):
-                ledger.site_states[JobId(job), Site(site)] = SiteState(version, settled, last)
+            for job, site, *state in self._rows("sites", "job, site, version, settled, last, attempt", "job"):
+                ledger.site_states[JobId(job), Site(site)] = SiteState(*state)
             for gid, data in self._rows("gathers", "id, data", "opened_at, id"):
                 ledger.adopt_gather(rows.gather(GatherId(gid), data, now), now)
             for row in self._rows("tasks", _TASK_COLUMNS, "gather, ordinal"):
@@ -305,7 +312,7 @@ class Journal:
             "SELECT item, inline, partial FROM results WHERE gather=? AND idx>=? ORDER BY idx LIMIT ?",
             (gather, start, count),
         )
-        return [StoredResult(rows.item(item), inline, rows.ref(partial)) for item, inline, partial in found]
+        return [StoredResult(rows.item(item), inline, rows.ref(partial), len(item)) for item, inline, partial in found]
 
     def partial_bytes(self, gather: GatherId, first: int) -> bytes:
         """The inline bytes of the partial whose first result this is."""

@@ -63,6 +63,7 @@ class SiteState:
     version: str = ""
     settled: int = 0
     last: str = ""  # the task settled last, a redo counting as its original
+    attempt: str = ""  # and by which attempt, as task.attempt: its Done may come again when its gather is gone
 
 
 class Leases(ABC):
@@ -73,6 +74,8 @@ class Leases(ABC):
         self.gathers: dict[GatherId, Gather] = {}
         self.tasks: dict[TaskId, Task] = {}
         self.owners: dict[str, Owner] = {}
+        #: nodes whose ready queue may hold something, in the order in which it came
+        self.eager: dict[str, None] = {}
         self.node_of: dict[Site, str] = {}
         self.down_since: dict[Site, float] = {}
         self.site_states: dict[tuple[JobId, Site], SiteState] = {}
@@ -87,9 +90,13 @@ class Leases(ABC):
         self.released: list[GatherId] = []
         #: gathers that lost results on the disk, and which they keep
         self.rewrites: list[tuple[GatherId, list[int]]] = []
+        #: jobs that ended: nothing of their sites is remembered
+        self.forgotten: list[JobId] = []
         self.started_at = 0.0
         self._random = random.Random(seed)
         self._unended: defaultdict[Site, set[TaskId]] = defaultdict(set)
+        #: leased tasks that the journal gave back and whose owners were not heard of since
+        self._unclaimed: defaultdict[str, set[TaskId]] = defaultdict(set)
         self.timers: list[tuple[float, str, str]] = []
 
     @abstractmethod
@@ -114,6 +121,7 @@ class Leases(ABC):
         if task.status == "queued":
             self.enqueue(task, now)
         else:
+            self._unclaimed[task.owner].add(task.id)
             self.timer(task.until, "lease", task.id)
 
     # ------------------------------------------------------------ owners and sites
@@ -241,9 +249,12 @@ class Leases(ABC):
             ended = self.tasks.get(ref.task)
             if ended is None or ended.status != "done" or ended.attempt != ref.attempt:
                 self._cancel_stale(node, ref)
-        lost = [t for t in self.tasks.values() if t.status == "leased" and t.owner == node and t.id not in kept]
-        for task in lost:
-            self._requeue(task, now, "executor_restarted", f"{node} does not hold it", counted=True, delay=None)
+        mine = [self.tasks.get(tid) for tid in owner.leased | self._unclaimed.pop(node, set())]
+        lost = [t for t in mine if t and t.status == "leased" and t.owner == node and t.id not in kept]
+        for task in sorted(lost, key=lambda t: (t.gather, t.ordinal)):
+            # what it had not accepted was perhaps still on its way when the link broke: no try
+            text = f"{node} does not hold it"
+            self._requeue(task, now, "executor_restarted", text, counted=task.accepted, delay=None)
 
     def fail(self, node: str, message: Fail, now: float) -> bool:
         """An attempt failed; False where it was not current and nothing changed."""
@@ -319,6 +330,7 @@ class Leases(ABC):
         owner = self.owners.get(self.node_of.get(task.site, ""))
         if owner is not None:
             owner.ready.append(task.id)
+            self.eager[owner.node] = None
 
     # ------------------------------------------------------------ time
 

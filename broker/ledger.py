@@ -8,6 +8,7 @@ turn.
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -29,9 +30,16 @@ from .leases import Leases, Limits, Owner, SiteState
 
 __all__ = ["Ledger", "Limits", "Owner", "SiteState"]
 
+_PAST = 4096
+
 
 class Ledger(Leases):
     """All gathers that are not committed yet, their tasks and leases."""
+
+    def __init__(self, limits: Limits | None = None, seed: int | None = None) -> None:
+        super().__init__(limits, seed)
+        #: the rounds of gathers that were forgotten lately, for results that come even later
+        self.past: OrderedDict[GatherId, int] = OrderedDict()
 
     def open(self, message: OpenGather, sites: Sequence[str], now: float) -> Gather:
         """Open a gather, or find the one that is recorded under the same key.
@@ -50,7 +58,7 @@ class Ledger(Leases):
             raise FaultError("sites", f"gather {message.name!r} names a site twice")
         if len(sites) > self.limits.max_tasks:
             raise FaultError("too_many", f"{len(sites)} sites; a gather may have {self.limits.max_tasks} (max_tasks)")
-        if sum(g.job == message.job for g in self.gathers.values()) >= self.limits.max_gathers:
+        if len(self.gathers_of(message.job)) >= self.limits.max_gathers:
             raise FaultError(
                 "too_many", f"{self.limits.max_gathers} gathers since the last commit (max_gathers): commit"
             )
@@ -111,6 +119,10 @@ class Ledger(Leases):
             self.adopt_task(gather, task, now)
             self.dirty_tasks[tid] = task
         self.check(gather, now)
+
+    def gathers_of(self, job: JobId) -> list[Gather]:
+        """A job's gathers that are not committed yet."""
+        return [gather for gather in self.gathers.values() if gather.job == job]
 
     def adopt_gather(self, gather: Gather, now: float) -> None:
         """Take a journaled gather in; its tasks and results follow."""
@@ -183,12 +195,24 @@ class Ledger(Leases):
                 self._finish(gather, "failed", "the round was committed without it")
             del self.gathers[gather.id]
             self.dirty_gathers.pop(gather.id, None)
+            self.past[gather.id] = gather.spec.round
+            while len(self.past) > _PAST:
+                self.past.popitem(last=False)
             for tid in gather.tasks:
                 self.tasks.pop(tid, None)
                 self.dirty_tasks.pop(tid, None)
             self.released.append(gather.id)
         ids = {g.id for g in gone}
         self.fresh = [f for f in self.fresh if f.gather not in ids]
+        return gone
+
+    def forget_job(self, job: JobId) -> list[Gather]:
+        """The job has ended: forget its gathers and what its sites remember. Returns the gathers."""
+        gone = self.release(job)
+        for key in [key for key in self.site_states if key[0] == job]:
+            del self.site_states[key]
+            self.dirty_sites.discard(key)
+        self.forgotten.append(job)
         return gone
 
     def lose_results(self, gather: Gather, gone: set[int], now: float) -> None:

@@ -187,8 +187,8 @@ class Link:
     ) -> PayloadRef:
         """Store a payload at the broker; returns once it is committed there.
 
-        Small ones ride inline, a co-located broker takes the finished file, all others are streamed under grants and go
-        on at the watermark after a reconnect. A ``source`` path is left in place.
+        Small ones ride inline, a co-located broker takes the finished file, others are streamed under grants and go on
+        at the watermark after a reconnect. A ``source`` path is left in place.
 
         Raises:
             PayloadError: the source is not of the reference's size. FaultError: the broker refused it.
@@ -219,11 +219,7 @@ class Link:
                 path.unlink(missing_ok=True)
 
     def put_local(self, ref: PayloadRef, name: str, *, timeout_s: float = 600.0, **owner: Any) -> PayloadRef:
-        """Hand over a finished file that was written as ``local.incoming_path(name)``.
-
-        Raises:
-            FaultError: the broker refused it. LinkTimeout: it did not answer in time.
-        """
+        """Hand over a finished file that was written as ``local.incoming_path(name)``. Raises as `put`."""
         upload = Upload(Put(payload=ref, stream=secrets.token_hex(16), local=name, **owner), None)
         return self._run_stream(upload, timeout_s, f"hand-over of {ref.id}") or ref
 
@@ -319,7 +315,8 @@ class Link:
         tries = 0
         try:
             while not self._shared.closing.is_set() and self.fatal is None:
-                session = Session(self._shared, context)
+                left = None if self._give_up_s is None else self._give_up_s - (time.monotonic() - down_since)
+                session = Session(self._shared, context, left)
                 try:
                     session.run()
                 except (WireError, LinkError, zmq.ZMQError) as error:

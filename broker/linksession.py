@@ -29,6 +29,8 @@ _TURN_S = 0.5
 _HELLO_S = 5.0
 #: The data link's Hello is said again after this.
 _DATA_HELLO_S = 2.5
+#: The data link is asked whether it stands after such a silence: a new data process says that it does not know us.
+_DATA_PING_S = 1.0
 #: A request without an answer for so long, while the broker speaks, is said again: no request may wait for ever.
 _REPEAT_S = 10.0
 #: So many messages that cannot be read are another protocol, not an accident.
@@ -38,8 +40,11 @@ _MAX_UNREADABLE = 8
 class Session:
     """One life of the two sockets, from Hello to the loss of the broker."""
 
-    def __init__(self, link: LinkState, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(
+        self, link: LinkState, context: zmq.Context[zmq.Socket[bytes]], patience_s: float | None = None
+    ) -> None:
         self.link = link
+        self.hello_s = _HELLO_S if patience_s is None else max(0.1, min(_HELLO_S, patience_s))
         self.context = context
         self.control = make_socket(context, "control-dealer")
         self.data: zmq.Socket[bytes] | None = None
@@ -50,6 +55,7 @@ class Session:
         self.heard_at = time.monotonic()
         self.pinged_at = self.heard_at
         self.data_hello_at = 0.0  # when it is due (again)
+        self.data_alive_at = 0.0  # heard, or asked
 
     def run(self) -> None:
         """Until the link closes, or has an error that only connecting anew can heal."""
@@ -89,8 +95,9 @@ class Session:
     def _wait_ms(self, now: float) -> int:
         """How long to wait for messages; and for room, where something waits to be sent."""
         link = self.link
-        ping_s = link.welcome.ping_s if link.welcome else 1.0
-        timeout = min(self.pinged_at + ping_s - now, _TURN_S)
+        timeout = _TURN_S
+        if self.welcomed and link.welcome is not None:
+            timeout = min(timeout, self.pinged_at + link.welcome.ping_s - now)
         # with IMMEDIATE a DEALER has room as soon as its connection stands
         self.poller.modify(self.control, zmq.POLLIN | (zmq.POLLOUT if self.unsent else 0))
         if self.data is not None:
@@ -99,6 +106,8 @@ class Session:
             self.poller.modify(self.data, zmq.POLLIN | (zmq.POLLOUT if full else 0))
             if self.data_up:
                 timeout = min(timeout, link.streams.wait_s(now))
+                if link.streams:
+                    timeout = min(timeout, self.data_alive_at + _DATA_PING_S - now)
             elif hello_s > 0:
                 timeout = min(timeout, hello_s)
         return max(0, math.ceil(timeout * 1000))
@@ -177,7 +186,7 @@ class Session:
     def _keep_alive(self) -> None:
         now = time.monotonic()
         welcome = self.link.welcome
-        dead_s = welcome.dead_s if self.welcomed and welcome else _HELLO_S
+        dead_s = welcome.dead_s if self.welcomed and welcome else self.hello_s
         if now - self.heard_at > dead_s:
             raise LinkError(f"nothing heard from {self.link.endpoint} for {dead_s:g} s")
         if welcome and self.welcomed and now - self.pinged_at >= welcome.ping_s:
@@ -208,6 +217,9 @@ class Session:
                 if self._send_data(encode(hello)):
                     self.data_hello_at = now + _DATA_HELLO_S
             return
+        if streams and now - self.data_alive_at >= _DATA_PING_S:
+            self.data_alive_at = now
+            self._send_data(encode(Ping()))
         for frames in streams.outgoing(now, welcome):
             if not self._send_data(frames):
                 streams.unsend(frames)
@@ -233,6 +245,7 @@ class Session:
                 raw = self.data.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return
+            self.data_alive_at = time.monotonic()
             packet = decode([frame.buffer for frame in raw], welcome.chunk_bytes + 4096)
             match packet.message:
                 case Welcome():

@@ -27,6 +27,7 @@ State = Literal["connecting", "up", "down", "closed"]
 
 _FAULTS: dict[str, type[FaultError]] = {"fenced": FencedError, "nondeterministic": NondeterministicError}
 _RETRYABLE_FAULTS = frozenset({"session"})  # the broker restarted and does not know us: say Hello again
+_NOT_THE_LINKS = frozenset({"nondeterministic"})  # the job's end, which its process has yet to tell
 _OUTBOX = 65536
 _ANSWERED = 1024
 
@@ -183,7 +184,7 @@ class LinkState:
                 pass
             case Fault() if message.code in _RETRYABLE_FAULTS:
                 raise LinkError(f"{message.code}: {message.text}")
-            case Fault() if message.fatal and (request is None or message.code != "nondeterministic"):
+            case Fault() if message.fatal and message.code not in _NOT_THE_LINKS:
                 fault = fault_error(message.code, message.text)
                 if request is not None:
                     request.fail(fault)

@@ -25,7 +25,7 @@ from ..serialization.messages import (
     Welcome,
     encode,
 )
-from ..serialization.stream import ChunkPlan, Receiver, Sender
+from ..serialization.stream import ChunkPlan, Outcome, Receiver, Sender
 from .linksource import Source
 
 #: ``sink(offset, data)``: where a download's chunks go, in order.
@@ -36,6 +36,8 @@ _BURST = 4
 #: A Put, Get or Finish that nobody answered is repeated after this.
 _ASK_S = 5.0
 _NEVER = float("-inf")
+#: A sender that has sent all, and sends nothing again for so long, has another payload than the one asked for.
+_SHORT_S = 15.0
 
 
 class Upload:
@@ -145,11 +147,13 @@ class Download:
         self._asked_at = _NEVER
         self._answered = False
         self._grant_due = False
+        self._all_sent_at: float | None = None
         self._digester = Digester() if ref.digest else None
 
     def reconnect(self) -> None:
         """The data link is new: ask again, from the watermark."""
         self._asked_at = _NEVER
+        self._all_sent_at = None
         self._answered = False
 
     def outgoing(self, now: float, welcome: Welcome) -> Iterator[Sequence[Buffer]]:
@@ -162,6 +166,9 @@ class Download:
                 return
         if self._receiver.plan.chunk_bytes != welcome.chunk_bytes:
             self._fail(PayloadError(f"payload {self.ref.id}: the broker came back with another chunk size: ask again"))
+            return
+        if self._all_sent_at is not None and now >= self._all_sent_at + _SHORT_S:
+            self._fail(PayloadError(f"payload {self.ref.id} is not of the {self.ref.size} bytes asked for"))
             return
         if not self._answered and now >= self._asked_at + _ASK_S:
             self._asked_at = now
@@ -186,7 +193,12 @@ class Download:
                 arrival = self._receiver.on_chunk(message.index, tail, message.crc32, now)
                 self._grant_due = self._grant_due or arrival.grant
                 if arrival.accepted:
+                    self._all_sent_at = None
                     self._take(arrival.start, memoryview(tail))
+                elif arrival.outcome is Outcome.CORRUPT and zlib.crc32(tail) == message.crc32:
+                    self._fail(PayloadError(f"payload {self.ref.id} is not of the {self.ref.size} bytes asked for"))
+            case Finish():
+                self._all_sent_at = now
             case Abort() if message.retry_after_s > 0:
                 self._answered = False
                 self._asked_at = now + message.retry_after_s - _ASK_S

@@ -3,6 +3,8 @@ process, and a row is journaled before anybody hears that a payload is stored.""
 
 from __future__ import annotations
 
+import time
+
 from ..serialization.digest import digest_buffers
 from ..serialization.errors import FaultError, FencedError, PayloadError
 from ..serialization.faultpoints import fault_point
@@ -13,6 +15,8 @@ from .state import BrokerState
 __all__ = ["PayloadDesk"]
 
 _LANDED = "landed"
+#: An upload that was admitted and not written to for so long has no room kept any more.
+_IDLE_S = 600.0
 
 
 class PayloadDesk:
@@ -38,6 +42,10 @@ class PayloadDesk:
             if (ref.digest and ref.digest != digest) or (ref.id.startswith("b3-") and ref.id != f"b3-{digest}"):
                 raise FaultError("digest", f"payload {ref.id} arrived damaged: its digest is {digest}")
             holder = self._holder(message, session.role)
+            quota = self._state.quota
+            if session.role != "job" and quota.total and quota.used + ref.size > quota.total:
+                quota.refused += 1
+                raise FaultError("quota", f"the spool's quota of {quota.total} bytes is taken: try again later")
             ref = PayloadRef(ref.id, ref.size, digest, ref.type)
             try:
                 self._state.spool.store(ref.id, [tail])
@@ -45,6 +53,7 @@ class PayloadDesk:
                 raise FaultError("payload_id", str(error)) from None
             fault_point("control.after_file_before_row")
             self._state.payloads.add(ref, holder, now)
+            quota.landed(ref.id)
         else:
             self._state.payloads.hold(ref.id, self._holder(message, session.role), now)
         self._state.reply(session, Stored(message.stream, message.ref, self._state.payloads.rows[ref.id]))
@@ -76,15 +85,37 @@ class PayloadDesk:
                 return Abort(message.stream, "conflict", f"payload {ref.id} is here with {known.size} bytes")
             holder = self._holder(message, "")
             if message.local != _LANDED:
+                own = bool(message.claim) and not message.task
+                wait_s = self._state.quota.admit(ref, now, job=message.job, task=message.task, own=own)
+                if wait_s is not None:
+                    text = f"the spool's quota of {self._state.quota.total} bytes is taken: wait for a round to end"
+                    return Abort(message.stream, "quota", text, wait_s)
                 return Grant(message.stream, 0, 0, 0)
             if not self._state.spool.exists(ref.id, ref.size):
                 return Abort(message.stream, "lost", f"payload {ref.id} is not in the spool: put it again", 0.1)
         except (FaultError, PayloadError) as error:
             code = error.code if isinstance(error, FaultError) else "payload_id"
             self._state.counters[f"put.{code}"] += 1
+            self._state.quota.landed(ref.id)
+            if message.local == _LANDED and ref.id not in payloads.rows and code != "payload_id":
+                payloads.doomed[ref.id] = None  # its file is in the spool, and will never have a row
             return Abort(message.stream, code, str(error)[:1024])
         payloads.add(ref, holder, now)
+        self._state.quota.landed(ref.id)
         return Stored(message.stream, payload=ref)
+
+    def expire_admissions(self, now: float) -> None:
+        """Uploads that were begun and left: their bytes are given to others."""
+        state = self._state
+        for payload, admission in list(state.quota.admitted.items()):
+            if now - admission.at < _IDLE_S:
+                continue
+            written = state.spool.incoming_since(payload)
+            if written is not None and time.time() - written < _IDLE_S:
+                continue
+            state.quota.landed(payload)
+            if written is not None:
+                state.abandoned.add(payload)
 
     def _holder(self, message: Put, role: str) -> str:
         """Who holds a payload until it is used.
@@ -110,7 +141,7 @@ class PayloadDesk:
             job = self._state.jobs.get(message.job)
             if job.ended:
                 raise FencedError("closed", f"job {job.id} is {job.status}")
-            return f"put:{job.id}"
+            return f"part:{job.id}"
         if role == "executor":
             raise FaultError("job", "a payload of an executor names its job")
         return "submit"

@@ -2,8 +2,9 @@
 
 Holders: ``commit:<job>`` and ``best:<job>`` (models and state of the last commit), ``job:<job>`` (its archive),
 ``gather:<id>`` (models, fold plans and results of gathers whose round is not committed), ``checkpoint:<id>``,
-``task:<id>`` (a result that came before its Done), ``put:<job>`` (put by a job's process and not used yet; until its
-next commit or claim), ``submit`` (put by a client and not used yet; for an hour).
+``task:<id>`` (a result that came before its Done), ``part:<job>`` (a partial that came before its Done; until the next
+commit), ``put:<job>`` (put by a job's process and not used yet; until its next commit or claim), ``submit`` (put by a
+client and not used yet; for an hour).
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ class PayloadTable:
         self.rows: dict[PayloadId, PayloadRef] = {}
         self.holds: dict[PayloadId, dict[str, float]] = {}
         self.ops: list[RowOp] = []
-        self.doomed: list[PayloadId] = []
+        self.doomed: dict[PayloadId, None] = {}
+        self.used_bytes = 0
         self._by_holder: dict[str, set[PayloadId]] = {}
 
     def load(self, rows: Iterable[PayloadRef], holds: Iterable[Hold]) -> None:
         """Take journaled rows in, without noting them as changes."""
         for row in rows:
             self.rows[row.id] = row
+            self.used_bytes += row.size
             self.holds.setdefault(row.id, {})
         for hold in holds:
             if hold.payload in self.rows:
@@ -64,12 +67,13 @@ class PayloadTable:
 
     def add(self, ref: PayloadRef, holder: str, now: float) -> None:
         """A payload has landed in the spool."""
-        if self.rows.get(ref.id) != ref:
+        known = self.rows.get(ref.id)
+        if known != ref:
+            self.used_bytes += ref.size - (known.size if known else 0)
             self.rows[ref.id] = ref
             self.holds.setdefault(ref.id, {})
             self.ops.append(RowOp(True, ref))
-        if ref.id in self.doomed:
-            self.doomed.remove(ref.id)
+        self.doomed.pop(ref.id, None)
         self.hold(ref.id, holder, now)
 
     def hold(self, payload: PayloadId, holder: str, now: float) -> None:
@@ -126,8 +130,5 @@ class PayloadTable:
         self.holds.pop(payload, None)
         if row is not None:
             self.ops.append(RowOp(False, row))
-            self.doomed.append(payload)
-
-    def used_bytes(self) -> int:
-        """The sizes of all rows together."""
-        return sum(row.size for row in self.rows.values())
+            self.used_bytes -= row.size
+            self.doomed[payload] = None

@@ -6,6 +6,7 @@ import structlog
 
 from ..serialization.messages import PayloadId
 from .gathers import Gather
+from .jobs import Job
 from .state import BrokerState
 
 __all__ = ["recover"]
@@ -13,11 +14,12 @@ __all__ = ["recover"]
 log = structlog.get_logger(__name__)
 
 
-def recover(state: BrokerState, now: float) -> None:
+def recover(state: BrokerState, now: float) -> list[Job]:
     """Fill the empty tables from the journal.
 
     A result whose payload is gone is queued again; a gather whose own payload is gone waits until its controller puts
     it again; a job whose committed model or archive is gone fails, since nothing can bring it back.
+    Returns those jobs: what only they needed is still held.
 
     Raises:
         StorageError: the journal cannot be read.
@@ -33,10 +35,11 @@ def recover(state: BrokerState, now: float) -> None:
         state.payloads.hold(payload, "submit", now)
         state.payloads.release(payload, "submit")
     state.spool.sweep(state.payloads.rows.keys())
+    failed: list[Job] = []
     if lost:
         for gather in list(state.ledger.gathers.values()):
             _heal(state, gather, lost, now)
-        _fail_jobs(state, lost, now)
+        failed = _fail_jobs(state, lost, now)
     # results that came back as tasks, and what ended while no broker looked
     for gather in list(state.ledger.gathers.values()):
         state.ledger.check(gather, now)
@@ -48,6 +51,7 @@ def recover(state: BrokerState, now: float) -> None:
         payloads=len(state.payloads.rows),
         lost=len(lost),
     )
+    return failed
 
 
 def _heal(state: BrokerState, gather: Gather, lost: set[PayloadId], now: float) -> None:
@@ -71,7 +75,8 @@ def _heal(state: BrokerState, gather: Gather, lost: set[PayloadId], now: float) 
         log.error("results_lost", gather=gather.id, results=len(gone))
 
 
-def _fail_jobs(state: BrokerState, lost: set[PayloadId], now: float) -> None:
+def _fail_jobs(state: BrokerState, lost: set[PayloadId], now: float) -> list[Job]:
+    failed: list[Job] = []
     for job in state.jobs.jobs.values():
         if job.ended:
             continue
@@ -82,5 +87,6 @@ def _fail_jobs(state: BrokerState, lost: set[PayloadId], now: float) -> None:
             if ref.id in lost:
                 text = f"its {what} {ref.id} is gone from the broker's spool: the disk lost it, or somebody removed it"
                 state.jobs.finish(job, "FINISHED:FAILED", text, now)
-                state.ledger.release(job.id)
+                failed.append(job)
                 break
+    return failed

@@ -48,6 +48,7 @@ def job_row(value: Job) -> bytes:
             "crashes": value.crashes,
             "ended_at": value.ended_at,
             "sites": list(value.sites),
+            "late": value.late,
             "lapsed": value.lapsed,
         }
     )
@@ -88,12 +89,13 @@ def gather_row(value: Gather) -> bytes:
 
 
 def gather(id_: GatherId, data: bytes, now: float) -> Gather:
-    """The gather of a row; a clock that went back over the restart must not move its opening into the future."""
+    """The gather of a row; a clock that went back over the restart must not move its times into the future."""
     row = plain(data)
     row |= {
         "spec": decode_fields(OpenGather, plain(row["spec"])),
         "requested": tuple(row["requested"]),
         "opened_at": min(now, row["opened_at"]),
+        "quorum_at": None if row["quorum_at"] is None else min(now, row["quorum_at"]),
         "checkpoint": ref(row["checkpoint"]),
     }
     return Gather(id_, **row)

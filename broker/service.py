@@ -21,9 +21,9 @@ from typing import IO, Any, Literal
 
 import structlog
 
-from ..serialization.errors import FedloomError, LinkError, LinkTimeout
+from ..serialization.errors import FedloomError, LinkError, LinkTimeout, StorageError
 from .control import ControlConfig, ControlLoop
-from .data import DataConfig
+from .data import STORAGE_EXIT, DataConfig
 from .sockets import data_endpoint_for, free_endpoint
 from .spool import Durability
 
@@ -59,6 +59,7 @@ class BrokerConfig:
     takeover_s: float = 1.0
     start_s: float = 30.0
     retry_s: float = 1.0
+    quota_bytes: int = 0  # 0: four fifths of the disk's free space at the start, and what the store holds
 
     def control(self) -> ControlConfig:
         """For the control loop; a wildcard port becomes a concrete one here, since the data link's is next to it."""
@@ -130,6 +131,9 @@ class DataChild:
                     f"the data link at {self._config.data_bind} could not start (exit code {code}): its own message is"
                     " above; free that port, or choose another with --data-bind"
                 )
+            if code == STORAGE_EXIT:
+                # after a failed sync the kernel may call pages clean that never reached the disk: no retry is safe
+                raise StorageError(f"the disk of store {self._config.store} failed the data process: see its message")
             if now - self._started_at > _STEADY_S:
                 self._pause_s = _RESTART_S
             log.error("data_process_died", code=code, restart_s=self._pause_s)

@@ -165,6 +165,9 @@ class Sessions:
         return Arrival("new", session, tuple(rivals))
 
     def _again(self, session: Session, peer: bytes, hello: Hello, sites: tuple[str, ...], now: float) -> Arrival:
+        was = session.hello
+        if (hello.role, hello.job, hello.claim) != (was.role, was.job, was.claim):
+            raise FaultError("hello", f"{was.node} was a {was.role}: another role or job needs another node or boot")
         for site in sites:
             other = self.by_site.get(site)
             if other is not None and other is not session:

@@ -38,9 +38,13 @@ def settle(
     gather = ledger.gathers.get(done.gather)
     if gather is None or gather.job != done.job:
         for item in done.items:
+            if ledger.site_state(done.job, item.site).attempt == f"{item.task}.{item.attempt}":
+                out.stored.append(TaskRef(item.task, item.attempt))  # it was settled; its Stored was lost on the way
+                continue
             out.refused.append(Refusal(item.task, item.attempt, "closed", "its round is over"))
             _drop(out, item.payload)
-        _drop(out, done.partial)
+        if out.refused:
+            _drop(out, done.partial)
     elif done.partial is not None:
         _settle_partial(ledger, gather, node, done, done.partial, tail, has_payload, now, out)
     else:
@@ -124,7 +128,8 @@ def _accept(ledger: Ledger, gather: Gather, task: Task, item: DoneItem, result: 
     first = task_id(spec.job, spec.round, spec.step, spec.name, task.site)
     moves = bool(item.state) and (not spec.redo or state.last in ("", first))
     last = state.last if spec.redo and not moves else first
-    ledger.site_states[key] = SiteState(item.state if moves else state.version, state.settled + 1, last)
+    attempt = f"{task.id}.{item.attempt}"
+    ledger.site_states[key] = SiteState(item.state if moves else state.version, state.settled + 1, last, attempt)
     ledger.dirty_sites.add(key)
     ledger.end_task(gather, task, "done")
 

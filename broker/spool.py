@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -170,6 +171,8 @@ class Spool:
             self._sync_folders(folders)
             return gone
         except OSError as error:
+            for landing in landings:  # what a failed sync left in the page cache must not pass for written
+                self.incoming_path(landing.name).unlink(missing_ok=True)
             raise StorageError(f"{error}: payloads in {self.root} could not be made durable") from error
 
     def store(self, payload: str, buffers: Iterable[Buffer]) -> int:
@@ -235,6 +238,25 @@ class Spool:
                 continue
         return count
 
+    def drop_incoming(self, owners: Collection[str]) -> int:
+        """Remove what is half here of these payloads, or of any attempt's result of these tasks; how many files."""
+        count = 0
+        for path in self.incoming.iterdir():
+            if path.suffix not in (PART, BLOCKS):
+                continue
+            task = path.stem.removeprefix("r-").partition(".")[0]
+            if path.stem in owners or task in owners:
+                path.unlink(missing_ok=True)
+                count += 1
+        return count
+
+    def incoming_since(self, payload: str) -> float | None:
+        """When a half-finished upload of the payload was last written to (wall time); None where there is none."""
+        try:
+            return self.incoming_path(payload + PART).lstat().st_mtime
+        except FileNotFoundError:
+            return None
+
     def usage(self) -> int:
         """The bytes of all payloads, and of what is coming in."""
         total = 0
@@ -244,6 +266,10 @@ class Spool:
             except FileNotFoundError:
                 continue
         return total
+
+    def default_quota(self) -> int:
+        """Four fifths of what the disk has free now, and what is here."""
+        return self.usage() + shutil.disk_usage(self.root).free * 4 // 5
 
     def _payload_files(self) -> list[Path]:
         return [path for folder in self.payloads.iterdir() if folder.is_dir() for path in folder.iterdir()]

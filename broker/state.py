@@ -13,6 +13,7 @@ from ..serialization.messages import (
     INLINE_BYTES,
     CommitRef,
     Fault,
+    GatherId,
     JobId,
     Message,
     PayloadId,
@@ -23,6 +24,7 @@ from .jobs import Jobs
 from .journal import EventRow, Journal
 from .ledger import Ledger, Limits
 from .payloads import PayloadTable
+from .quota import Quota
 from .sessions import Session, Sessions, Timing
 from .spool import Spool
 
@@ -34,6 +36,7 @@ T = TypeVar("T")
 BODY_BUDGET = 56 * 1024
 _CACHED_BYTES = 8 * 1024 * 1024
 _MAX_LOOSE = 4096
+_MAX_LATE = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,8 @@ class Settings:
     start_s: float = 30.0  # how long a claimed job's process has to say Hello
     max_jobs: int = 10_000
     max_events: int = 50_000  # a job's; the oldest go
+    quota_bytes: int = 0  # of all payloads together; 0: no bound
+    max_meta_bytes: int = 32 * 1024  # of a submission
 
 
 class BrokerState:
@@ -64,6 +69,9 @@ class BrokerState:
         self.jobs = Jobs(settings.start_s, settings.max_jobs)
         self.sessions = Sessions(settings.timing)
         self.payloads = PayloadTable()
+        self.quota = Quota(settings.quota_bytes, self.payloads, self.jobs, self.ledger)
+        #: tasks and payloads whose half-finished uploads are not wanted any more
+        self.abandoned: set[str] = set()
         self.events: list[EventRow] = []
         self.records: list[tuple[JobId, int, CommitRef]] = []
         self.replies: list[tuple[Session | bytes, Message, bytes]] = []
@@ -113,6 +121,15 @@ class BrokerState:
         seq = self.journal.event_seq.get(job, 0) + 1
         self.journal.event_seq[job] = seq
         self.events.append(EventRow(job, seq, now, kind, site, text, data or {}))
+
+    def late(self, job_id: JobId, gather: GatherId, count: int) -> int:
+        """Count results that were refused into their round's number; returns the round, -1 where nobody knows it."""
+        job = self.jobs.jobs.get(job_id)
+        known = self.ledger.gathers.get(gather)
+        round_ = known.spec.round if known else self.ledger.past.get(gather, -1)
+        if job is not None and count and len(job.late) < _MAX_LATE:
+            self.jobs.refused(job, round_, count)
+        return round_
 
     def require(self, *refs: PayloadRef | None) -> None:
         """Payloads that a request refers to must be here.

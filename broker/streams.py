@@ -152,7 +152,7 @@ def _fitting(rows: list[StoredResult]) -> list[StoredResult]:
     out: list[StoredResult] = []
     body = tail = 0
     for row in rows:
-        body += weigh(row.item)
+        body += row.packed_bytes
         tail += len(row.inline or b"") if row.partial is None else 0
         if out and (body > BODY_BUDGET or tail > INLINE_TOTAL_BYTES):
             break

@@ -28,6 +28,12 @@ from .state import BODY_BUDGET, BrokerState, batches, weigh
 __all__ = ["TaskDesk"]
 
 _MAX_CANCELS = 256
+_SLICE = 256
+#: Of one result's plain side: what comes in must fit into the message that goes on, with its number.
+_MAX_META_BYTES = 60 * 1024
+#: What one item takes in a message: keys and numbers, a task id, and text of at most four bytes a character.
+_REF_BYTES = 100
+_ITEM_BYTES = 200
 _TOLD_ENDED = 64
 
 
@@ -37,6 +43,13 @@ class TaskDesk:
     def __init__(self, state: BrokerState) -> None:
         self._state = state
         self._ended: list[JobId] = []
+        self.more = False  #: whether `pump` has left something for the next turn
+
+    def recover(self) -> None:
+        """After a restart: the jobs that ended last, so that executors that missed it are told."""
+        ended = [job for job in self._state.jobs.jobs.values() if job.ended]
+        ended.sort(key=lambda job: job.ended_at or 0.0)
+        self._ended = [job.id for job in ended[-_TOLD_ENDED:]]
 
     # ------------------------------------------------------------ sessions
 
@@ -89,6 +102,9 @@ class TaskDesk:
             CodecError: sizes that do not add up.
         """
         state = self._state
+        if any(len(pack(item.meta)) > _MAX_META_BYTES for item in message.items):
+            self._too_large(session, message, now)
+            return
         try:
             outcome = settle(state.ledger, session.node, message, tail, state.payloads.has, now)
         except CodecError:
@@ -97,20 +113,37 @@ class TaskDesk:
         keep: set[PayloadId] = set(outcome.kept)
         for payload in outcome.kept:
             state.payloads.hold(payload, f"gather:{message.gather}", now)
+        for ref in outcome.stored:
+            state.payloads.release_all(f"task:{ref.task}")
         for item in message.items:
-            state.payloads.release_all(f"task:{item.task}")
+            if item.payload is not None and item.payload.id in outcome.unused:
+                # only its own: another attempt's result may wait for its Done under the same holder
+                state.payloads.release(item.payload.id, f"task:{item.task}")
         for payload in [*outcome.unused, *keep]:
-            state.payloads.release(payload, f"put:{message.job}")
+            state.payloads.release(payload, f"part:{message.job}")
+        recorded = [r for r in outcome.refused if r.code != "conflict"]
+        round_ = state.late(message.job, message.gather, sum(not r.requeued for r in recorded))
+        sites = {item.task: item.site for item in message.items}
         for refusal in outcome.refused:
             state.counters[f"refused.{refusal.code}"] += 1
-            if refusal.code != "conflict":
-                site = next((i.site for i in message.items if i.task == refusal.task), "")
-                data = {"task": refusal.task, "attempt": refusal.attempt, "code": refusal.code}
-                state.event(message.job, "result_refused", now, site=site, text=refusal.reason, data=data)
+        for refusal in recorded:
+            site = sites.get(refusal.task, "")
+            data = {"task": refusal.task, "attempt": refusal.attempt, "code": refusal.code, "round": round_}
+            state.event(message.job, "result_refused", now, site=site, text=refusal.reason, data=data)
         self._stored(session, outcome.stored, outcome.refused)
 
+    def _too_large(self, session: Session, message: Done, now: float) -> None:
+        """A result whose metadata no message to the job can hold is the task's failure, and so said."""
+        refused: list[Refusal] = []
+        for item in message.items:
+            text = f"the result's metadata is over {_MAX_META_BYTES} bytes: put large values into params"
+            self._state.ledger.fail(session.node, Fail(item.task, item.attempt, "too_large", text), now)
+            self._state.payloads.release_all(f"task:{item.task}")
+            refused.append(Refusal(item.task, item.attempt, "too_large", text))
+        self._stored(session, [], refused)
+
     def _stored(self, session: Session, stored: list[TaskRef], refused: list[Refusal]) -> None:
-        for tasks in batches(stored, weigh):
+        for tasks in batches(stored, lambda _: _REF_BYTES):
             self._state.reply(session, Stored(tasks=tasks))
         for refusals in batches(refused, weigh):
             self._state.reply(session, Stored(refused=refusals))
@@ -120,24 +153,38 @@ class TaskDesk:
     def pump(self, now: float) -> None:
         """Lease queued tasks to executors with room, and tell owners of attempts that are stale."""
         self._cancel()
+        self.more = False
         ledger = self._state.ledger
-        for node, owner in ledger.owners.items():
-            if not owner.ready or owner.room <= 0:
+        for node in list(ledger.eager):
+            owner = ledger.owners.get(node)
+            if owner is None or not owner.ready:
+                del ledger.eager[node]
+                continue
+            if owner.room <= 0:
                 continue
             session = self._state.sessions.by_node.get(node)
             if session is None or session.lost_at is not None or not session.room:
                 continue
-            by_gather: defaultdict[str, list[Task]] = defaultdict(list)
-            for task in ledger.assign(node, owner.room, now):
-                by_gather[task.gather].append(task)
-                if task.attempt > 1:  # what an attempt before this one has uploaded will never be settled
-                    self._state.payloads.release_all(f"task:{task.id}")
-            for tasks in by_gather.values():
-                self._assign(session, ledger.gathers[tasks[0].gather], tasks)
+            messages = 0
+            while messages < session.timing.outbox_messages // 4 and (tasks := ledger.assign(node, _SLICE, now)):
+                messages += self._give(session, tasks)
+            self.more = self.more or bool(owner.ready and owner.room > 0)
 
-    def _assign(self, session: Session, gather: Gather, tasks: list[Task]) -> None:
+    def _give(self, session: Session, tasks: list[Task]) -> int:
+        """Send freshly leased tasks; the number of messages."""
+        by_gather: defaultdict[str, list[Task]] = defaultdict(list)
+        for task in tasks:
+            by_gather[task.gather].append(task)
+            if task.attempt > 1:  # what an attempt before this one has uploaded will never be settled
+                self._state.payloads.release_all(f"task:{task.id}")
+                if self._state.quota.forget(tasks=frozenset((task.id,))):
+                    self._state.abandoned.add(task.id)
+        return sum(self._assign(session, self._state.ledger.gathers[gid], some) for gid, some in by_gather.items())
+
+    def _assign(self, session: Session, gather: Gather, tasks: list[Task]) -> int:
         state, spec = self._state, gather.spec
         job = state.jobs.jobs.get(gather.job)
+        messages = 0
         tail = (state.small(spec.payload) if spec.payload else None) or b""
         items = [
             AssignItem(
@@ -145,13 +192,19 @@ class TaskDesk:
             )
             for t in tasks
         ]
-        for part in batches(items, weigh, max(1024, BODY_BUDGET - len(pack(spec.config)))):
+        for part in batches(
+            items,
+            lambda i: _ITEM_BYTES + len(f"{i.site}{i.state}".encode()),
+            max(1024, BODY_BUDGET - len(pack(spec.config))),
+        ):
             message = Assign(
                 job=gather.job, gather=gather.id, round=spec.round, step=spec.step, name=spec.name, items=part,
                 lease_s=spec.lease_s, archive=job.archive if job else None, payload=spec.payload, fold=spec.fold,
                 config=spec.config, partials=spec.partials, seed=spec.seed,
             )  # fmt: skip
             state.reply(session, message, tail)
+            messages += 1
+        return messages
 
     def _cancel(self) -> None:
         ledger = self._state.ledger

@@ -136,7 +136,7 @@ class Uploads:
                 self._grant(known, known.receiver.resume(self._next_epoch(), now))
             return
         if known is not None:
-            self._close(known)
+            self._abandon(known)
         refusal = self._refusal(route, put)
         if refusal is not None:
             self._send(Outgoing(route, refusal))
@@ -224,6 +224,8 @@ class Uploads:
                     if upload.put.local and upload.final is None:
                         self._spool.local_path(upload.put.local).unlink(missing_ok=True)
             case Abort():
+                if not message.retry_after_s:  # nobody may go on with it
+                    self._drop(upload)
                 self._end(upload, message.code, message.reason, message.retry_after_s)
 
     # ------------------------------------------------------------ from the shell
@@ -460,6 +462,12 @@ class Uploads:
         for one in (upload, *upload.waiters):
             self._tell(one, Abort(one.put.stream, code, reason[:1024], retry_after_s))
             self._close(one)
+
+    def _drop(self, upload: Upload) -> None:
+        """Remove what an earlier upload of this payload has left, unless another one goes on with it."""
+        if self._by_payload.get(upload.payload.id) in (None, upload) and upload.file is None:
+            for ending in (PART, BLOCKS):
+                self._spool.incoming_path(upload.payload.id + ending).unlink(missing_ok=True)
 
     def _close(self, upload: Upload) -> None:
         if upload.file is not None:

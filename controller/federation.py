@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import queue
 import secrets
-import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +10,10 @@ from typing import Any
 
 import structlog
 
-from ..broker.link import Link
+from ..broker.link import Link, fault_error
 from ..serialization.digest import digest_buffers
 from ..serialization.envelope import Buffer
-from ..serialization.errors import FaultError, FencedError, JobError, LinkError
+from ..serialization.errors import FaultError, JobError, LinkError
 from ..serialization.jobspec import JobSpec
 from ..serialization.messages import (
     Cancel,
@@ -43,11 +40,12 @@ from ..serialization.messages import (
 from ..serialization.model import FLModel
 from ..serialization.payload import decode_model, encode_model
 from .gather import Gather
+from .inbox import Inbox
 
 log = structlog.get_logger(__name__)
 
-#: Without a word from the broker for so long (the link is down all the while) the job process gives up; its claim is
-#: lost by then and another controller goes on.
+#: Without a broker for so long the job process gives up: whatever waits is told so. Its claim is lost by then and
+#: another controller goes on.
 GIVE_UP_S = 120.0
 
 
@@ -56,24 +54,6 @@ class JobAborted(FaultError):
 
     def __init__(self, reason: str) -> None:
         super().__init__("aborted", reason or "the job was aborted")
-
-
-class Inbox:
-    """Messages of the link's thread, on their way to the workflow's."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Message, Buffer]] = queue.SimpleQueue()
-
-    def put(self, message: Message, tail: Buffer) -> None:
-        """Called in the link's thread."""
-        self._queue.put((message, bytes(tail)))
-
-    def get(self, timeout_s: float) -> tuple[Message, Buffer] | None:
-        """The next message, or None when none came in time."""
-        try:
-            return self._queue.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
 
 
 class Federation:
@@ -91,8 +71,9 @@ class Federation:
         sites = claimed.meta.get("sites") or spec.sites or ()
         self._sites: tuple[str, ...] = tuple(sites)
         self._gathers: list[Gather] = []
-        #: the models put or loaded last, so that none is encoded and hashed again
-        self._models: deque[tuple[FLModel, PayloadRef]] = deque(maxlen=3)
+        #: payloads that the broker keeps at least until the next commit, so that none is sent twice
+        self._kept: dict[PayloadId, PayloadRef] = {}
+        self._keep(claimed.commit)
 
     @property
     def site_count(self) -> int:
@@ -116,10 +97,7 @@ class Federation:
             JobError: there is no such file.
         """
         if self.commit_ref and self.commit_ref.model:
-            source = self.link.fetch(self.commit_ref.model)
-            model = decode_model(source, framework="numpy")
-            self._models.append((model, self.commit_ref.model))
-            return model
+            return decode_model(self.link.fetch(self.commit_ref.model), framework="numpy")
         if not initial:
             raise JobError("the job has no initial model: give the recipe one (initial_model=...)")
         path = self.app_dir / initial
@@ -128,22 +106,25 @@ class Federation:
         return decode_model(path, framework="numpy")
 
     def put_model(self, model: FLModel) -> PayloadRef:
-        """Store a model at the broker, once, addressed by its content."""
-        for known, ref in self._models:
-            if known is model:
-                return ref
+        """Store a model at the broker, addressed by its content; what is there already is hashed, not sent."""
         encoded = encode_model(model)
         digest = digest_buffers(encoded.buffers)
-        ref = PayloadRef(PayloadId(f"b3-{digest}"), encoded.size, digest)
-        ref = self.link.put(ref, encoded.buffers, job=self.job, claim=self.claim)
-        self._models.append((model, ref))
-        return ref
+        return self._put(PayloadRef(PayloadId(f"b3-{digest}"), encoded.size, digest), encoded.buffers)
 
     def put_blob(self, data: bytes) -> PayloadRef:
         """Store bytes at the broker, addressed by their content."""
         digest = digest_buffers([data])
-        ref = PayloadRef(PayloadId(f"b3-{digest}"), len(data), digest, "blob")
-        return self.link.put(ref, [data], job=self.job, claim=self.claim)
+        return self._put(PayloadRef(PayloadId(f"b3-{digest}"), len(data), digest, "blob"), [data])
+
+    def _put(self, ref: PayloadRef, buffers: Sequence[Buffer]) -> PayloadRef:
+        if ref.id not in self._kept:
+            self._kept[ref.id] = self.link.put(ref, buffers, job=self.job, claim=self.claim)
+        return self._kept[ref.id]
+
+    def _keep(self, commit: CommitRef | None) -> None:
+        """After a commit the broker lets go of all that it does not name."""
+        refs = (commit.model, commit.state, commit.best) if commit else ()
+        self._kept = {ref.id: ref for ref in refs if ref is not None}
 
     def put_partial(self, buffers: Sequence[Buffer], size: int) -> PayloadRef:
         """Store an aggregate: a checkpoint."""
@@ -172,7 +153,7 @@ class Federation:
     def gather(
         self,
         name: str,
-        model: FLModel | None,
+        model: FLModel | PayloadRef | None,
         *,
         round: int,
         step: int = 0,
@@ -187,7 +168,7 @@ class Federation:
 
         Args:
             name: the task's name: "train", "evaluate", or one of your own.
-            model: what the sites get; None for a task without a model.
+            model: what the sites get, or what `put_model` gave for it; None for a task without a model.
             round, step: the key under which the gather is journaled, with ``name``. Opened again after a crash it
                 returns what was recorded.
             sites: who takes part; empty: the job's sites, or every connected one.
@@ -207,7 +188,7 @@ class Federation:
             step=step,
             name=name,
             rule=rule or CloseRule(),
-            payload=None if model is None else self.put_model(model),
+            payload=self.put_model(model) if isinstance(model, FLModel) else model,
             fold=fold,
             config=config or {},
             partials=partials,
@@ -219,21 +200,22 @@ class Federation:
     def open(self, opening: OpenGather, sites: tuple[str, ...]) -> Gather:
         """Send an opening; the broker's Receipt comes through the inbox."""
         gather = Gather(self, replace(opening, ref=self.link.next_ref()), sites)
-        self._gathers = [g for g in self._gathers if g.seen.state not in ("closed", "failed")]
+        self._gathers = [g for g in self._gathers if not g.complete]
         self._gathers.append(gather)
         self.link.send(*gather.message())
         return gather
 
     def close_gather(self, gather: Gather) -> None:
         """Ask for the end of a gather; its Receipt comes through the inbox."""
-        if gather.id:
-            answer, _ = self.link.request(CloseGather(self.link.next_ref(), self.job, self.claim, gather.id))
-            if isinstance(answer, Receipt):
-                gather.on_receipt(answer)
+        while not gather.id:
+            self.pump(gather)
+        answer = self._request(CloseGather(self.link.next_ref(), self.job, self.claim, gather.id))
+        if isinstance(answer, Receipt):
+            gather.on_receipt(answer)
 
     def checkpoint(self, gather: Gather, payload: PayloadRef, covered: int) -> None:
         """Make an aggregate durable; the payloads of the results it covers are freed in the same transaction."""
-        self.link.request(Checkpoint(self.link.next_ref(), self.job, self.claim, gather.id, payload, covered))
+        self._request(Checkpoint(self.link.next_ref(), self.job, self.claim, gather.id, payload, covered))
 
     def commit(
         self,
@@ -242,7 +224,7 @@ class Federation:
         round: int,
         record: dict[str, Any] | None = None,
         state: FLModel | None = None,
-        best: FLModel | None = None,
+        best: FLModel | PayloadRef | None = None,
     ) -> PayloadRef:
         """Make a round durable: model, state, record and round number become visible together.
 
@@ -252,7 +234,7 @@ class Federation:
         Raises:
             FencedError: another controller has the job.
         """
-        best_ref = None if best is None else self.put_model(best)
+        best_ref = self.put_model(best) if isinstance(best, FLModel) else best
         state_ref = None if state is None else self.put_model(state)
         model_ref = self.put_model(model)
         commit = Commit(
@@ -266,8 +248,10 @@ class Federation:
             best_model=best_ref,
             record=record or {},
         )
-        self.link.request(commit)
-        self.commit_ref = CommitRef(round, model_ref, state_ref, best_ref, record or {})
+        self._request(commit)
+        kept_best = best_ref or (self.commit_ref.best if self.commit_ref else None)
+        self.commit_ref = CommitRef(round, model_ref, state_ref, kept_best, record or {})
+        self._keep(self.commit_ref)
         log.info("round_committed", job=self.job, round=round)
         return model_ref
 
@@ -278,19 +262,30 @@ class Federation:
     # ------------------------------------------------------------ messages
 
     def pump(self, gather: Gather) -> None:
-        """Wait for the broker's next word and hand it to the gather it is about."""
-        waited_since = time.monotonic()
+        """Wait for the broker's next word and hand it to the gather it is about.
+
+        Raises:
+            LinkError: there is no broker any more, and the link has given up.
+        """
         while True:
+            if self._inbox.missed():
+                self._ask_again()
             got = self._inbox.get(1.0)
             if got is not None:
                 self._dispatch(*got)
                 return
             if self.link.state == "closed":
-                raise self.link.fatal or LinkError("the link to the broker was closed")
-            if self.link.state == "up":
-                waited_since = time.monotonic()
-            elif time.monotonic() - waited_since > GIVE_UP_S:
-                raise LinkError(f"no broker at {self.link.endpoint} for {GIVE_UP_S:g} s, in {gather.opening.name}")
+                reason = self.link.fatal or "the link to the broker was closed"
+                raise LinkError(f"{reason}, in round {gather.opening.round}, {gather.opening.name}")
+
+    def _request(self, message: Any) -> Message:
+        """A request that outlives a broker's absence as a gather does."""
+        return self.link.request(message, timeout_s=GIVE_UP_S)[0]
+
+    def _ask_again(self) -> None:
+        for gather in self._gathers:
+            if not gather.complete:
+                self.link.send(*gather.message())
 
     def on_failure(self, gather: Gather, failure: Failure) -> None:
         """A task ended without a result."""
@@ -312,15 +307,14 @@ class Federation:
                 if (gather := self._find(message.gather, 0)) is not None:
                     gather.on_done(message, tail)
             case Welcome():
-                for gather in self._gathers:
-                    if gather.seen.state not in ("closed", "failed"):
-                        self.link.send(*gather.message())
+                self._ask_again()
             case Cancel():
                 raise JobAborted(message.reason)
-            case Fault(code="fenced"):
-                raise FencedError(message.code, message.text)
+            case Fault(code="lost_payload" | "gone"):
+                # nothing that the workflow did: another process goes on from the last commit
+                raise LinkError(message.text)
             case Fault():
-                raise FaultError(message.code, message.text)
+                raise fault_error(message.code, message.text)
             case _:
                 log.warning("unexpected_message", kind=type(message).__name__)
 

@@ -71,13 +71,15 @@ class Folding:
             FoldError: FULL among DIFF results.
         """
         for result in self._gather:
+            if not result.follows:
+                self._maybe_checkpoint()
             self._results.append(result)
-            if self._add(self.aggregate, result):
+            if result.follows or self._add(self.aggregate, result):
                 self._record.add(result)
-            self._since_checkpoint += 0 if result.partial and result.start < self._covered else result.size
+            self._since_checkpoint += result.size
             fault_point("job.after_fold")
-            if self._since_checkpoint > self._checkpoint_bytes:
-                self._checkpoint()
+            if not result.partial:
+                self._maybe_checkpoint()  # behind a partial more of it may follow, and all of it is in already
         wanted = self._gather.opening.rule.min_clients
         if self.aggregate.count < wanted:
             first = f"\n{self.refused[0].site}: {self.refused[0].text}" if self.refused else ""
@@ -133,8 +135,10 @@ class Folding:
     def _source(self, result: Result) -> Path | bytes:
         return result.inline if result.payload is None else self._fed.fetch(result.payload)
 
-    def _checkpoint(self) -> None:
-        """The aggregate as a payload; then the results that it holds may go from the spool."""
+    def _maybe_checkpoint(self) -> None:
+        """The aggregate as a payload, when much has come since the last; then what it holds may go from the spool."""
+        if self._since_checkpoint <= self._checkpoint_bytes:
+            return
         covered = self._results[-1].start + len(self._results[-1].items)
         buffers, size = self.aggregate.to_partial()
         ref = self._fed.put_partial(buffers, size)

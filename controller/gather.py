@@ -29,6 +29,7 @@ class Result:
         start: the number of its first item in the gather; results are numbered in the order of their acceptance.
         items: one a task; for a partial all that it covers.
         payload: where the bytes are, or None with the bytes in ``inline``.
+        follows: more items of the partial that the result before brought: its payload is not to be added again.
     """
 
     start: int
@@ -36,6 +37,7 @@ class Result:
     payload: PayloadRef | None
     inline: bytes = b""
     partial: bool = False
+    follows: bool = False
 
     @property
     def site(self) -> str:
@@ -49,7 +51,9 @@ class Result:
 
     @property
     def size(self) -> int:
-        """Bytes of its payload."""
+        """Bytes of its payload; none where it follows."""
+        if self.follows:
+            return 0
         return self.payload.size if self.payload else len(self.inline)
 
 
@@ -79,6 +83,7 @@ class Gather:
         self._federation = federation
         self._arrived: deque[Result] = deque()
         self._have = 0
+        self._partial = ""  # the last result's, if it was one
         self._redos = 0
 
     # ------------------------------------------------------------ workflow side
@@ -87,7 +92,7 @@ class Gather:
         while True:
             while self._arrived:
                 yield self._arrived.popleft()
-            if self.seen.state == "closed" and self._have >= (self.seen.results or 0):
+            if self.complete and self.seen.state == "closed":
                 return
             if self.seen.state == "failed":
                 raise GatherError(self._why_failed())
@@ -113,6 +118,12 @@ class Gather:
             ),
             tuple(sites),
         )
+
+    @property
+    def complete(self) -> bool:
+        """Whether the broker has nothing more to tell: failed, or closed and all of its results are here."""
+        seen = self.seen
+        return seen.state == "failed" or (seen.state == "closed" and self._have >= (seen.results or 0))
 
     @property
     def failures(self) -> list[Failure]:
@@ -141,18 +152,24 @@ class Gather:
                 self._federation.on_failure(self, failure)
 
     def on_done(self, done: Done, tail: Buffer) -> None:
-        """Results from the broker; those known already (a repeat after a reconnect) are passed over."""
+        """Results from the broker; those known already (a repeat after a reconnect) are passed over.
+
+        A partial of more items than a message holds comes in several: each names the same payload.
+        """
         if done.partial is not None:
-            start = done.items[0].index
-            if start == self._have:
+            if done.items and done.items[0].index == self._have:
                 inline = bytes(tail) if done.partial_inline_bytes else b""
-                self._take(Result(start, done.items, None if inline else done.partial, inline, partial=True))
+                follows = done.partial.id == self._partial
+                payload = None if inline else done.partial
+                self._take(Result(self._have, done.items, payload, inline, partial=True, follows=follows))
+                self._partial = done.partial.id
             return
         offset = 0
         for item in done.items:
             inline = bytes(memoryview(tail)[offset : offset + item.inline_bytes])
             offset += item.inline_bytes
             if item.index == self._have:
+                self._partial = ""
                 self._take(Result(item.index, (item,), None if item.inline_bytes else item.payload, inline))
 
     def _take(self, result: Result) -> None:

@@ -26,7 +26,7 @@ from ..serialization.faultpoints import fault_point
 from ..serialization.jobspec import JobSpec
 from ..serialization.messages import Claimed, ClaimJob, EndJob, Hello, JobId
 from ..serialization.processes import die_with_parent, setup_logging
-from .federation import Federation, Inbox, JobAborted
+from .federation import GIVE_UP_S, Federation, Inbox, JobAborted
 from .workflow import Workflow
 
 log = structlog.get_logger(__name__)
@@ -37,6 +37,7 @@ Status = Literal["FINISHED:COMPLETED", "FINISHED:FAILED"]
 ENDED = 0
 FENCED = 3
 LOST = 4
+_MAX_REASON = 15 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def run_job(request: JobRequest) -> int:
         job=JobId(request.job),
         claim=request.claim,
     )
-    link = Link(request.broker, hello, on_message=inbox.put)
+    link = Link(request.broker, hello, on_message=inbox.put, give_up_s=GIVE_UP_S)
     work = Path(tempfile.mkdtemp(prefix="fedloom-job-"))
     structlog.contextvars.bind_contextvars(job=request.job)
     try:
@@ -69,7 +70,7 @@ def run_job(request: JobRequest) -> int:
         assert isinstance(claimed, Claimed)
         status, reason = _run(link, inbox, claimed, work)
         fault_point("job.before_end")
-        link.request(EndJob(link.next_ref(), claimed.job, claimed.claim, status, reason))
+        link.request(EndJob(link.next_ref(), claimed.job, claimed.claim, status, reason), timeout_s=GIVE_UP_S)
         return ENDED
     except JobAborted as error:
         log.info("job_aborted", reason=str(error))
@@ -97,13 +98,20 @@ def _run(link: Link, inbox: Inbox, claimed: Claimed, work: Path) -> tuple[Status
     except (JobAborted, FencedError, LinkError):
         raise
     except FedloomError as error:
+        if link.fatal is not None:
+            raise LinkError(str(error)) from error  # not the job's fault: another process goes on
         log.error("job_failed", error=type(error).__name__, reason=str(error).partition("\n")[0])
-        return "FINISHED:FAILED", str(error)[: 15 * 1024]
-    except Exception:  # noqa: BLE001 - the job's own code may raise anything, and its traceback is the answer
+        return "FINISHED:FAILED", _clean(str(error)[:_MAX_REASON])
+    except (Exception, SystemExit):  # noqa: BLE001 - the job's own code may raise anything; its traceback is the answer
         text = traceback.format_exc()
         log.error("job_failed", reason=text)
-        return "FINISHED:FAILED", text[-15 * 1024 :]
+        return "FINISHED:FAILED", _clean(text[-_MAX_REASON:])
     return "FINISHED:COMPLETED", ""
+
+
+def _clean(text: str) -> str:
+    """What a message may hold: a traceback may quote names that are no text."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _prepare(link: Link, inbox: Inbox, claimed: Claimed, work: Path) -> Federation:

@@ -68,7 +68,8 @@ class RoundRecord:
             "sites": sorted(self.sites, key=lambda site: site["name"]),
             **more,
         }
-        while len(pack(record)) > MAX_RECORD_BYTES and (record["sites"] or record["failures"]):
-            for key in ("sites", "failures"):
+        lists = ("sites", "failures", "state_lost")
+        while len(pack(record)) > MAX_RECORD_BYTES and any(record[key] for key in lists):
+            for key in lists:
                 record[key] = record[key][: len(record[key]) // 2]
         return record

@@ -16,10 +16,10 @@ from typing import Protocol
 
 import structlog
 
-from ..broker.link import Link
+from ..broker.link import Link, fault_error
 from ..serialization.envelope import Buffer
-from ..serialization.errors import FaultError, LinkError
-from ..serialization.messages import Claimed, ClaimJob, Fault, Hello, Message, Welcome
+from ..serialization.errors import LinkError
+from ..serialization.messages import Answer, Claimed, ClaimJob, Fault, Hello, JobId, Message, Welcome
 from . import job as job_process
 from .job import JobRequest
 
@@ -68,7 +68,8 @@ class Controller:
         self._start_job = start_job or _spawn
         self._inbox: queue.SimpleQueue[tuple[Message, Buffer]] = queue.SimpleQueue()
         self._running: dict[str, tuple[JobProcess, int]] = {}
-        self._asked = False
+        self._asked = 0  # the ref of the question for a job that has no answer yet
+        self._owed: dict[int, ClaimJob] = {}  # jobs given back, until the broker says that it knows
         self._stop = threading.Event()
         hello = Hello(
             node=f"controller/{socket.gethostname()}-{os.getpid()}",
@@ -99,35 +100,55 @@ class Controller:
 
     def _turn(self) -> None:
         if not self._asked and len(self._running) < self.config.max_jobs:
-            self._asked = True
-            self.link.send(ClaimJob(self.link.next_ref()))
+            self._asked = self.link.next_ref()
+            self.link.send(ClaimJob(self._asked))
         try:
             message, _ = self._inbox.get(timeout=_POLL_S)
         except queue.Empty:
             message = None
         match message:
-            case Claimed():
-                self._asked = False
+            case Claimed() if message.ref == self._asked:
+                self._asked = 0
                 self._start(message)
+            case Claimed():
+                pass  # the second answer to a question that was repeated
+            case Answer():
+                self._owed.pop(message.ref, None)
             case Welcome():
-                self._asked = False
+                self._ask_again()
             case Fault(fatal=True):
-                raise FaultError(message.code, message.text)
+                raise fault_error(message.code, message.text)
             case Fault():
-                self._asked = False
-                log.warning("claim_refused", code=message.code, reason=message.text)
-                self._stop.wait(_POLL_S)
+                if self._owed.pop(message.ref, None) is None:
+                    self._asked = 0
+                    log.warning("claim_refused", code=message.code, reason=message.text)
+                    self._stop.wait(_POLL_S)
             case _:
                 pass
         if self.link.state == "closed":
             raise self.link.fatal or LinkError("the link to the broker was closed")
         self._reap()
 
+    def _ask_again(self) -> None:
+        """After a reconnect: the same question, so that a job that was given to it is not given to nobody."""
+        for message in self._owed.values():
+            self.link.send(message)
+        if self._asked:
+            self.link.send(ClaimJob(self._asked))
+
     def _start(self, claimed: Claimed) -> None:
+        known = self._running.pop(claimed.job, None)
+        if known is not None:
+            known[0].kill()  # it has lost its claim, and the broker has given it to us again
         request = JobRequest(
             self.config.broker, claimed.job, claimed.claim, self.config.log_level, self.config.log_json
         )
-        process = self._start_job(request)
+        try:
+            process = self._start_job(request)
+        except OSError as error:
+            log.error("job_not_started", job=claimed.job, claim=claimed.claim, reason=str(error))
+            self._give_back(claimed.job, claimed.claim, f"its process could not be started: {error}")
+            return
         self._running[claimed.job] = (process, claimed.claim)
         log.info("job_started", job=claimed.job, name=claimed.name, claim=claimed.claim, pid=process.pid)
 
@@ -142,16 +163,20 @@ class Controller:
                 self._give_back(job, claim, f"its process ended with {_exit_text(code)}")
 
     def _give_back(self, job: str, claim: int, reason: str) -> None:
-        self.link.send(ClaimJob(0, job=job, claim=claim, lost=reason))  # pyright: ignore[reportArgumentType]
+        message = ClaimJob(self.link.next_ref(), JobId(job), claim, reason)
+        self._owed[message.ref] = message
+        self.link.send(message)
 
     def _end(self) -> None:
         for process, _ in self._running.values():
             process.kill()
         deadline = time.monotonic() + _STOP_S
+        pause = threading.Event()
         for job, (process, claim) in self._running.items():
             while process.poll() is None and time.monotonic() < deadline:
-                self._stop.wait(0.01) if not self._stop.is_set() else threading.Event().wait(0.01)
+                pause.wait(0.01)
             self._give_back(job, claim, "its controller was stopped")
+        self._running.clear()
         self.link.close("the controller stops")
 
 

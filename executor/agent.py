@@ -11,7 +11,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import structlog
 
@@ -26,7 +25,6 @@ from ..serialization.messages import (
     Fault,
     Hello,
     Message,
-    PayloadRef,
     Ping,
     Stored,
     TaskRef,
@@ -40,18 +38,18 @@ from .deliver import LinkLike
 from .desk import Desk
 from .hosts import Spawner, SubprocessSpawner
 from .lock import WorkspaceLock
+from .prepare import Preparer
 from .runs import Run, Work
-from .script import settings_of
 from .worker import Worker
 
 __all__ = ["Agent", "AgentConfig", "LinkFactory"]
 
 log = structlog.get_logger(__name__)
 
-_FETCH_S = 24 * 3600.0
 _DECLINE_S = 2.0
 _CALLS_A_TURN = 1024
 _MAX_ENDED_JOBS = 1024
+_PING_SHARE = 8  # of what it may hold must have become free before it says so, while there is work here still
 
 LinkFactory = Callable[..., LinkLike]
 
@@ -93,6 +91,8 @@ class Agent:
         self._channel: ChannelServer | None = None
         self._worker: Worker | None = None
         self._collector: Collector | None = None
+        self._preparer: Preparer | None = None
+        self._asking = False
         self._thread = threading.Thread(target=self._main, name="fedloom-agent", daemon=True)
 
     # ------------------------------------------------------------ any thread
@@ -106,6 +106,16 @@ class Agent:
         """
         config = self.config
         self._lock = WorkspaceLock(config.workspace, config.node)
+        try:
+            welcome = self._connect(config)
+        except (FedloomError, OSError):
+            self._close()
+            raise
+        log.info("executor_up", node=config.node, sites=len(config.sites), capacity=config.capacity)
+        return welcome
+
+    def _connect(self, config: AgentConfig) -> Welcome:
+        assert self._lock is not None
         desk = self._desk = Desk(config, self._post)
         hello = Hello(
             node=config.node, role="executor", boot=secrets.token_hex(16), capacity=config.announced, pool=config.pool
@@ -121,17 +131,13 @@ class Agent:
         self._collector = Collector(desk)
         self._channel = ChannelServer(self._from_channel)
         self._worker = Worker(desk, self._channel, self._spawner, self._collector.finished, self._stopping.is_set)
+        self._preparer = Preparer(desk, self._functions)
         self._told_free = desk.free
-        try:
-            welcome = desk.link.start(config.connect_s)
-        except FedloomError:
-            self._close()
-            raise
+        welcome = desk.link.start(config.connect_s)
         self._lock.connected()
         desk.digest = welcome.integrity == "digest"
         self._channel.start()
         self._thread.start()
-        log.info("executor_up", node=config.node, sites=len(config.sites), capacity=config.capacity)
         return welcome
 
     def stop(self, grace_s: float = 0.3) -> None:
@@ -217,7 +223,8 @@ class Agent:
 
     def _turn(self) -> None:
         desk, worker, collector = self._parts
-        timeout = min(worker.hosts.next_check_s(), collector.next_due_s(time.monotonic()))
+        now = time.monotonic()
+        timeout = min(worker.next_due_s(now), collector.next_due_s(now))
         try:
             call = self._calls.get(timeout=timeout)
             for _ in range(_CALLS_A_TURN):
@@ -227,14 +234,17 @@ class Agent:
         except queue.Empty:
             pass
         now = time.monotonic()
-        worker.hosts.tick(now)
-        worker.limits(now)
+        worker.turn(now)
         for key, slot in desk.slots.take():
             self._guarded(lambda key=key, slot=slot: worker.begin(desk.runs[key], slot))
         collector.turn(now)
-        if desk.free > self._told_free:
-            desk.link.send(Ping(desk.free))  # room for more at once, not at the next ping
-        self._told_free = desk.free
+        free = desk.free
+        more = free - self._told_free
+        if more > 0 and (not desk.slots.waiting or more > self.config.announced // _PING_SHARE):
+            desk.link.send(Ping(free))  # room for more at once, not at the next ping
+            self._told_free = free
+        elif more < 0:
+            self._told_free = free
 
     def _guarded(self, call: Callable[[], None]) -> None:
         try:
@@ -255,6 +265,7 @@ class Agent:
                 self._cancel(message)
             case Welcome():
                 collector.delivery.repeat()
+                self._ask_after_jobs()
             case Fault() if message.fatal:
                 self.fatal = FaultError(message.code, message.text)
                 log.error("executor_refused", code=message.code, text=message.text)
@@ -278,8 +289,8 @@ class Agent:
             accepted.append(run.ref)
             if run.key in desk.runs or run.key in collector.delivery:
                 continue
-            for key in [key for key in desk.runs if key[0] == item.task]:
-                worker.abandon(desk.runs[key])  # an attempt that the broker has given up
+            for old in desk.attempts(item.task):
+                worker.abandon(old)  # an attempt that the broker has given up
             desk.add(run)
             fresh.append(run)
         if accepted:
@@ -289,51 +300,15 @@ class Agent:
             desk.link.send(Decline(tuple(declined), reason, _DECLINE_S))
         if fresh:
             work.open = len(fresh)
-            desk.submit(lambda: self._prepare(work), lambda _, error: self._prepared(work, error))
-
-    def _prepare(self, work: Work) -> None:
-        """In a pool thread: everything that the tasks of this Assign have in common."""
-        desk, message = self._parts[0], work.assign
-        work.function = self._functions.get(message.name) or self._functions.get("*")
-        if message.archive is not None:
-            work.job = desk.jobs.ensure(message.job, message.archive, lambda ref: desk.link.fetch(ref, _FETCH_S))
-            try:
-                work.settings = settings_of(work.job.spec.executor_for(message.name))
-            except JobError:
-                if work.function is None:
-                    raise
-        if work.settings is None and work.function is None:
-            raise JobError(
-                f"task {message.name!r} of job {message.job} has no code: no function here and no script in it"
-            )
-        if message.payload is not None:
-            inline = len(work.tail) == message.payload.size
-            work.payload = work.tail if inline else desk.cache.fetch(message.payload, self._fetch)
-        if message.partials and message.fold is not None:
-            got = desk.cache.fetch(message.fold, self._fetch)
-            work.plan = got.read_bytes() if isinstance(got, Path) else got
-            desk.cache.unpin(message.fold.id)
-
-    def _fetch(self, ref: PayloadRef, dest: Path) -> Path | bytes:
-        return self._parts[0].link.fetch(ref, _FETCH_S, dest)
+            preparer = self._preparer
+            assert preparer is not None
+            desk.submit(lambda: preparer.prepare(work), lambda _, error: self._prepared(work, error))
 
     def _prepared(self, work: Work, error: Exception | None) -> None:
-        desk, _, _ = self._parts
-        runs = [run for run in desk.runs.values() if run.work is work and run.stage == "preparing"]
-        if error is None:
-            for run in runs:
-                run.stage = "waiting"
-                desk.slots.push(run.key, run.lane)
-            return
-        log.warning("task_not_prepared", job=work.assign.job, task=work.assign.name, error=str(error))
-        for run in runs:
-            if isinstance(error, JobError):
-                desk.fail(run, "job", f"{run.item.site}: {error}")
-            elif isinstance(error, FedloomError):
-                desk.link.send(Decline((run.ref,), f"not prepared: {error}"[:1000], _DECLINE_S))
-                desk.end(run)
-            else:
-                desk.fail(run, "site_error", f"{run.item.site} cannot prepare the task: {error!r}", retryable=True)
+        _, worker, _ = self._parts
+        assert self._preparer is not None
+        self._preparer.prepared(work, error)
+        worker.forget_job(work.assign.job)  # where the job ended meanwhile, its code was unpacked for nobody
 
     def _cancel(self, message: Cancel) -> None:
         desk, worker, collector = self._parts
@@ -347,8 +322,32 @@ class Agent:
         for run in [run for run in desk.runs.values() if run.job == message.job]:
             worker.abandon(run)
         if message.ended:
-            desk.ended_jobs[message.job] = None
-            while len(desk.ended_jobs) > _MAX_ENDED_JOBS:
-                del desk.ended_jobs[next(iter(desk.ended_jobs))]
-            collector.drop_job(message.job)
-            worker.end_job(message.job)
+            self._job_ended(message.job)
+
+    def _job_ended(self, job: str) -> None:
+        desk, worker, collector = self._parts
+        for run in [run for run in desk.runs.values() if run.job == job]:
+            worker.abandon(run)
+        desk.ended_jobs[job] = None
+        while len(desk.ended_jobs) > _MAX_ENDED_JOBS:
+            del desk.ended_jobs[next(iter(desk.ended_jobs))]
+        collector.drop_job(job)
+        worker.end_job(job)
+
+    def _ask_after_jobs(self) -> None:
+        """Whether the jobs that this executor has something of go on: it may have missed their end."""
+        desk, worker, _ = self._parts
+        jobs = sorted({*desk.jobs.on_disk(), *(host.plan.job for host in worker.hosts.hosts())})
+        preparer = self._preparer
+        if self._asking or not jobs or preparer is None:
+            return
+        self._asking = True
+
+        def told(ended: list[str] | None, error: Exception | None) -> None:
+            self._asking = False
+            if error is not None:
+                log.warning("jobs_not_known", error=repr(error))
+            for job in ended or ():
+                self._job_ended(job)
+
+        desk.submit(lambda: preparer.ended_jobs(jobs), told)

@@ -85,6 +85,10 @@ class PayloadCache:
             self._pins[ref.id] = self._pins.get(ref.id, 0) + 1
         return path
 
+    def holds(self, got: object) -> bool:
+        """Whether what `fetch` gave is a file of this cache, and so pinned."""
+        return isinstance(got, Path) and got.parent == self._folder
+
     def unpin(self, id: str) -> None:
         """One user less; harmless for what is not here."""
         with self._lock:

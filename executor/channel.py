@@ -17,6 +17,7 @@ import socket
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ ENV_HOST = "FEDLOOM_HOST"
 MAX_FRAME_BYTES = 1024 * 1024
 #: What one slow host may leave unread before the agent gives it up.
 MAX_BACKLOG_BYTES = 16 * 1024 * 1024
-_HELLO_S = 30.0
+_ACCEPT_AGAIN_S = 0.2
 _READ_BYTES = 256 * 1024
 _LENGTH = struct.Struct(">I")
 
@@ -205,6 +206,8 @@ class ChannelServer:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake_r, selectors.EVENT_READ)
         self._peers: dict[int, _Peer] = {}
+        self._dirty: set[int] = set()  # those to look after: something is to be sent, or they are to close
+        self._accept_at = 0.0  # the listener rests until then; 0: it listens
         self._next_id = 1
         self._lock = threading.Lock()
         self._stopping = False
@@ -228,9 +231,11 @@ class ChannelServer:
             if len(peer.out) + len(frame) > MAX_BACKLOG_BYTES:
                 log.warning("host_not_reading", host=peer.host, backlog_bytes=len(peer.out))
                 peer.closing = True
+                self._dirty.add(connection)
                 self._wake()
                 return False
             peer.out += frame
+            self._dirty.add(connection)
         self._wake()
         return True
 
@@ -240,6 +245,7 @@ class ChannelServer:
             peer = self._peers.get(connection)
             if peer is not None:
                 peer.closing = True
+                self._dirty.add(connection)
         self._wake()
 
     def close(self) -> None:
@@ -264,7 +270,10 @@ class ChannelServer:
 
     def _run(self) -> None:
         while not self._stopping:
-            events = self._selector.select(1.0)
+            events = self._selector.select(_ACCEPT_AGAIN_S if self._accept_at else 5.0)
+            if self._accept_at and time.monotonic() >= self._accept_at:
+                self._accept_at = 0.0
+                self._selector.register(self._listener, selectors.EVENT_READ)
             for key, mask in events:
                 if key.fileobj is self._listener:
                     self._accept()
@@ -273,6 +282,9 @@ class ChannelServer:
                         self._wake_r.recv(4096)
                 else:
                     peer: _Peer = key.data
+                    if mask & selectors.EVENT_WRITE:
+                        with self._lock:
+                            self._dirty.add(peer.id)
                     if mask & selectors.EVENT_READ and peer.id in self._peers:
                         self._read(peer)
             self._flush()
@@ -281,7 +293,10 @@ class ChannelServer:
         try:
             sock, _ = self._listener.accept()
         except OSError as error:
+            # mostly no descriptor left: asking again at once would only spin
             log.warning("channel_accept_failed", error=str(error))
+            self._selector.unregister(self._listener)
+            self._accept_at = time.monotonic() + _ACCEPT_AGAIN_S
             return
         sock.setblocking(False)
         with self._lock:
@@ -329,7 +344,8 @@ class ChannelServer:
 
     def _flush(self) -> None:
         with self._lock:
-            peers = list(self._peers.values())
+            peers = [self._peers[id] for id in self._dirty if id in self._peers]
+            self._dirty.clear()
         for peer in peers:
             broken = False
             with self._lock:

@@ -6,6 +6,7 @@ Runs in the agent's thread; folding in the one thread that folds.
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import structlog
 
 from ..serialization.envelope import Buffer
-from ..serialization.messages import Decline, DoneItem, PayloadId, PayloadRef, TaskRef
+from ..serialization.messages import DoneItem, PayloadId, PayloadRef, Progress
 from .channel import Map
 from .deliver import Delivery
 from .desk import Desk
@@ -24,6 +25,11 @@ from .state import version_name
 
 log = structlog.get_logger(__name__)
 
+#: Results that wait to be folded or sent with others are told of this often, and at most so many at a time: 100 a
+#: second. Where results come faster than that a batch is full, and on its way, within a few seconds anyway.
+_NEWS_S = 0.2
+_NEWS_AT_ONCE = 20
+
 
 class Collector:
     """Results from the host's word until the broker's."""
@@ -32,21 +38,23 @@ class Collector:
         self._desk = desk
         self.delivery = Delivery(desk.link, desk.outbox, desk.submit, self._settled)
         self._batches = Batches(desk.config.partial_max_tasks, desk.config.partial_max_s)
+        self._news: deque[Key] = deque()  # finished, in a batch, and the broker does not know
+        self._news_at = 0.0
         # until settled: site, job, version written, the version it started from
         self._bases: dict[Key, tuple[str, str, str, str]] = {
             held.key: (held.item.site, held.job, held.item.state, held.base) for held in desk.outbox
         }
 
     def next_due_s(self, now: float) -> float:
-        """How long until a batch is old enough to leave."""
-        return max(0.0, self._batches.next_due_s(now))
+        """How long until a batch is old enough to leave, or something is to be told."""
+        due = self._batches.next_due_s(now)
+        return max(0.0, min(due, self._news_at - now) if self._news else due)
 
     def drop_job(self, job: str) -> None:
         """The job is over."""
         for result in self._batches.drop_job(job):
-            self._discard(result)
-            self._desk.close_run((result.item.task, result.item.attempt))
-            self._desk.let_go((result.item.task, result.item.attempt))
+            self._forget(result)
+        self.delivery.drop_job(job)
 
     def finished(self, run: Run, message: Map) -> None:
         """A task's result, as its host told it."""
@@ -110,7 +118,11 @@ class Collector:
 
     def _batch(self, run: Run, result: Result) -> None:
         assert run.work.plan is not None
-        batch = self._batches.batch_for(run.gather, run.work.plan, time.monotonic())
+        now = time.monotonic()
+        batch = self._batches.batch_for(run.gather, run.work.plan, now)
+        if not self._news:
+            self._news_at = now + _NEWS_S
+        self._news.append(run.key)
         if (waiting := batch.take_in(result)) is not None:
             self._desk.fold(
                 lambda: fold_into(batch, waiting),
@@ -124,8 +136,15 @@ class Collector:
         outcomes: list[tuple[Result, Exception | None]] | None,
         error: Exception | None,
     ) -> None:
-        for result, wrong in outcomes or [(result, error) for result in results]:
-            batch.folding -= 1
+        batch.folding -= len(results)
+        if outcomes is None and not batch.spoiled:
+            log.error("fold_failed", job=batch.gather[0], tasks=len(batch.results) + len(results), error=repr(error))
+            self._batches.spoil(batch, repr(error))
+        if batch.spoiled:
+            self._give_back([*batch.results, *results], f"it could not be folded: {batch.spoiled}")
+            batch.results.clear()
+            return
+        for result, wrong in outcomes or ():
             if wrong is None:
                 batch.results.append(result)
                 self._unlink(result)
@@ -137,35 +156,50 @@ class Collector:
 
     def turn(self, now: float) -> None:
         """Send what is due."""
+        if self._news and now >= self._news_at:
+            self._tell_news(now)
         self._close_batches(now)
         self.delivery.turn(now)
+
+    def _tell_news(self, now: float) -> None:
+        """Let the broker count results that are here and will come with others."""
+        told = 0
+        while self._news and told < _NEWS_AT_ONCE:
+            key = self._news.popleft()
+            run = self._desk.runs.get(key)
+            if run is not None and run.stage == "folding":
+                self._desk.link.send(Progress(run.item.task, run.item.attempt, 1.0))
+                told += 1
+        self._news_at = now + _NEWS_S
 
     def _close_batches(self, now: float) -> None:
         if not len(self._batches):
             return
-        working = {run.gather for run in self._desk.runs.values() if run.stage in ("preparing", "waiting", "running")}
+        working = {gather for gather in self._batches.gathers() if self._goes_on(gather)}
         for batch in self._batches.due(now, working):
             if batch.alone is not None:
                 self._send_single(batch.alone)
             elif batch.fold is not None:
-                finish = batch.fold.finish
-                self._desk.fold(finish, lambda made, error, batch=batch: self._partial(batch, made, error))
+                finish, digest = batch.fold.finish, self._desk.digest
+                self._desk.fold(
+                    lambda finish=finish, digest=digest: finish(digest),
+                    lambda made, error, batch=batch: self._partial(batch, made, error),
+                )
+
+    def _goes_on(self, gather: tuple[str, str]) -> bool:
+        """Whether more results of this gather come soon; the youngest tasks, which are asked first, know best."""
+        runs = reversed(self._desk.runs.values())
+        return any(run.gather == gather and run.stage in ("preparing", "waiting", "running") for run in runs)
 
     def _partial(self, batch: Batch, made: tuple[PayloadRef, list[Buffer]] | None, error: Exception | None) -> None:
-        link, delivery = self._desk.link, self.delivery
         items = [result.item for result in batch.results]
         if made is None or error is not None:
             log.error("partial_failed", job=batch.gather[0], tasks=len(items), error=repr(error))
-            refs = tuple(TaskRef(item.task, item.attempt) for item in items)
-            link.send(Decline(refs, f"the partial could not be made: {error}"[:1000]))
-            for result in batch.results:
-                self._discard(result)
-                self._desk.close_run((result.item.task, result.item.attempt))
-                self._desk.let_go((result.item.task, result.item.attempt))
+            self._give_back(batch.results, f"the partial could not be made: {error}")
             return
         ref, buffers = made
         bare = [replace(item, payload=None, inline_bytes=0) for item in items]
-        delivery.add_partial(batch.gather[0], batch.gather[1], bare, ref, buffers)
+        self.delivery.add_partial(batch.gather[0], batch.gather[1], bare, ref, buffers)
         log.debug("partial_made", job=batch.gather[0], tasks=len(items), bytes=ref.size)
         for item in items:
             self._desk.close_run((item.task, item.attempt))
@@ -182,10 +216,25 @@ class Collector:
         if stored:
             others = {v for s, j, v, _ in self._bases.values() if (s, j) == (site, job)}
             others |= {b for s, j, _, b in self._bases.values() if (s, j) == (site, job)}
-            others |= {r.item.state for r in self._desk.runs.values() if r.item.site == site and r.job == job}
+            for run in self._desk.runs.values():
+                if run.item.site == site and run.job == job:  # its own may be written, and not told of yet
+                    others |= {run.item.state, version_name(*run.key)}
             self._desk.states.settle(site, job, version, base, frozenset(others))
         else:
             self._desk.states.discard(site, job, version)
+
+    def _give_back(self, results: list[Result], reason: str) -> None:
+        """These are lost without their code's fault: they are to be done again, but not for ever."""
+        for result in results:
+            run = self._desk.runs.get((result.item.task, result.item.attempt))
+            if run is not None and run.job not in self._desk.ended_jobs:
+                self._desk.fail(run, "site_error", f"the result of {run.spec} is lost: {reason}", retryable=True)
+            self._forget(result)
+
+    def _forget(self, result: Result) -> None:
+        self._discard(result)
+        self._desk.close_run((result.item.task, result.item.attempt))
+        self._desk.let_go((result.item.task, result.item.attempt))
 
     def _discard(self, result: Result) -> None:
         self._unlink(result)

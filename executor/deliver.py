@@ -19,13 +19,12 @@ from ..serialization.envelope import Buffer
 from ..serialization.errors import FaultError, FedloomError, LinkError
 from ..serialization.messages import (
     INLINE_TOTAL_BYTES,
-    Decline,
     Done,
     DoneItem,
+    Fail,
     Message,
     PayloadRef,
     Stored,
-    TaskRef,
     Welcome,
 )
 from .outbox import Held, Key, Outbox
@@ -46,6 +45,10 @@ class LinkLike(Protocol):
 
     local: Any
 
+    @property
+    def state(self) -> str: ...
+    def next_ref(self) -> int: ...
+    def request(self, message: Any, tail: Buffer = b"", timeout_s: float = 60.0) -> tuple[Message, Buffer]: ...
     def start(self, timeout_s: float = ...) -> Welcome: ...
     def send(self, message: Message, tail: Buffer = b"") -> None: ...
     def put(
@@ -116,12 +119,13 @@ class Delivery:
         self._settled = settled
         self._singles: dict[Key, _Single] = {held.key: _Single(held, held.item.payload is None) for held in outbox}
         self._partials: dict[str, _Partial] = {}
+        self._partial_of: dict[Key, _Partial] = {}
 
     def __len__(self) -> int:
         return len(self._singles) + len(self._partials)
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._singles or any(key in partial.keys for partial in self._partials.values())
+        return key in self._singles or key in self._partial_of
 
     def add(self, held: Held) -> None:
         """A finished attempt's result, which is on disk from here on."""
@@ -133,12 +137,20 @@ class Delivery:
     ) -> None:
         """Several attempts' results as one partial, in memory: its tasks are done again if this process dies."""
         small = ref.size <= INLINE_TOTAL_BYTES
-        self._partials[ref.id] = _Partial(job, gather, fit_items(items), ref, buffers, small)
+        partial = self._partials[ref.id] = _Partial(job, gather, fit_items(items), ref, buffers, small)
+        self._partial_of |= dict.fromkeys(partial.keys, partial)
 
     def drop(self, key: Key) -> None:
         """This attempt's result is not wanted any more."""
         if key in self._singles:
             self._leave(key, False)
+
+    def drop_job(self, job: str) -> None:
+        """The job is over: nobody waits for its results."""
+        for key in [key for key, single in self._singles.items() if single.held.job == job]:
+            self._leave(key, False)
+        for partial in [partial for partial in self._partials.values() if partial.job == job]:
+            self._leave(partial.keys[0], False)
 
     def repeat(self) -> None:
         """The link is new: what was said on the old one may be lost."""
@@ -160,13 +172,13 @@ class Delivery:
             self._outbox.remove(key)
             self._settled(key, stored)
             return
-        for partial in list(self._partials.values()):
-            if key in partial.keys:
-                # all or nothing: one answer speaks for all of its tasks
-                del self._partials[partial.ref.id]
-                for other in partial.keys:
-                    self._settled(other, stored)
-                return
+        partial = self._partial_of.get(key)
+        if partial is not None:
+            # all or nothing: one answer speaks for all of its tasks
+            self._partials.pop(partial.ref.id, None)
+            for other in partial.keys:
+                del self._partial_of[other]
+                self._settled(other, stored)
 
     # ------------------------------------------------------------ sending
 
@@ -223,8 +235,9 @@ class Delivery:
             if isinstance(entry, _Partial):
                 entry.ref = ref or entry.ref
             return
-        if isinstance(entry, _Single) and entry.held.key not in self._singles:
-            return
+        key = entry.held.key if isinstance(entry, _Single) else entry.keys[0]
+        if key not in self:
+            return  # it is not wanted any more
         lost = isinstance(error, OSError)
         if isinstance(error, FaultError) or lost or not isinstance(error, FedloomError):
             log.warning("result_not_taken", code=getattr(error, "code", type(error).__name__), reason=str(error))
@@ -239,8 +252,8 @@ class Delivery:
     def _give_up(self, entry: _Single | _Partial, reason: str) -> None:
         """Its payload cannot be had any more or is not wanted: whatever of it is still ours is to be done again."""
         keys = entry.keys if isinstance(entry, _Partial) else [entry.held.key]
-        refs = tuple(TaskRef(_id(task), attempt) for task, attempt in keys)
-        self._link.send(Decline(refs, reason[:1000]))
+        for task, attempt in keys:  # not Decline, which may be repeated for ever: a try that counts
+            self._link.send(Fail(_id(task), attempt, "not_taken", reason[:4000], retryable=True))
         self._leave(keys[0], False)
 
 

@@ -22,7 +22,7 @@ from .config import AgentConfig
 from .deliver import LinkLike
 from .jobs import JobFolders
 from .outbox import Outbox
-from .runs import Key, Run
+from .runs import Key, Run, Work
 from .slots import Slot, Slots
 from .state import StateStore, version_name
 
@@ -45,6 +45,7 @@ class Desk:
         self.slots: Slots[Key] = Slots(config.capacity, config.slot_envs)
         self.slot_of: dict[Key, Slot] = {}
         self.runs: dict[Key, Run] = {}
+        self._attempts: dict[str, list[Run]] = {}  # by task
         self.ended_jobs: dict[str, None] = {}
         self.digest = True  # whether results carry one
         self._link: LinkLike | None = None
@@ -108,9 +109,14 @@ class Desk:
     def add(self, run: Run) -> None:
         """A new attempt."""
         self.runs[run.key] = run
+        self._attempts.setdefault(run.item.task, []).append(run)
         self._occupied += 1
         with self._held_lock:
             self._held.add(run.key)
+
+    def attempts(self, task: str) -> list[Run]:
+        """The attempts at a task that are here."""
+        return list(self._attempts.get(task, ()))
 
     def leave_slot(self, run: Run) -> None:
         """It works no more: others may."""
@@ -125,10 +131,18 @@ class Desk:
         run = self.runs.pop(key, None)
         if run is None:
             return
+        others = [other for other in self._attempts.pop(run.item.task) if other is not run]
+        if others:
+            self._attempts[run.item.task] = others
         self.leave_slot(run)
         run.work.open -= 1
-        if run.work.open == 0 and run.work.assign.payload is not None:
-            self.cache.unpin(run.work.assign.payload.id)
+        self.close_work(run.work)
+
+    def close_work(self, work: Work) -> None:
+        """The payload may go once it is here and nobody works with it any more."""
+        if work.open <= 0 and work.prepared and work.pinned and work.assign.payload is not None:
+            work.pinned = False
+            self.cache.unpin(work.assign.payload.id)
 
     def let_go(self, key: Key) -> None:
         """The attempt is not ours any more."""
@@ -137,11 +151,15 @@ class Desk:
 
     def end(self, run: Run) -> None:
         """The attempt is over without a result."""
+        self.discard_files(run)
+        self.close_run(run.key)
+        self.let_go(run.key)
+
+    def discard_files(self, run: Run) -> None:
+        """What the attempt has written is nobody's."""
         if run.spec is not None:
             Path(run.spec.result_path).unlink(missing_ok=True)
             self.states.discard(run.item.site, run.job, version_name(*run.key))
-        self.close_run(run.key)
-        self.let_go(run.key)
 
     def fail(self, run: Run, code: str, text: str, *, retryable: bool = False, killed: bool = False) -> None:
         """Tell the broker that the attempt failed, and end it."""

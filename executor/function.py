@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -160,7 +161,19 @@ class Executor:
         self.stop()
 
     async def __aenter__(self) -> Self:
-        await asyncio.to_thread(self.start)
+        unwanted = threading.Event()
+
+        def start() -> None:
+            self.start()
+            if unwanted.is_set():
+                self.stop()
+
+        try:
+            await asyncio.to_thread(start)
+        except asyncio.CancelledError:
+            unwanted.set()  # the thread cannot be cancelled: what it starts, or has just started, is stopped
+            threading.Thread(target=self.stop, name="fedloom-stop", daemon=True).start()
+            raise
         return self
 
     async def __aexit__(

@@ -26,6 +26,7 @@ from ..serialization.processes import die_with_parent
 from .channel import ENV_HOST, Channel, Map
 from .client_api import ClientContext, install, tail_text
 from .context import Report, TaskContext, TaskFunction, call_function, user_traceback
+from .lifeline import ENV_LIFELINE, tie_group
 from .seeding import seed_all
 from .taskio import TaskSpec, input_model, write_result
 
@@ -36,7 +37,9 @@ _START_S = 60.0
 
 def main() -> int:
     """Run as `fedloom.executor.host:main` with the channel's variables in the environment. Returns the exit code."""
-    die_with_parent(_parent())
+    lifeline = os.environ.pop(ENV_LIFELINE, "")
+    if not (lifeline.isdigit() and tie_group(int(lifeline))):
+        die_with_parent(_parent())
     try:
         channel = Channel.connect(os.environ, "host")
         start = channel.receive(_START_S)
@@ -194,8 +197,8 @@ def run_task(
         print(text, file=sys.stderr, flush=True)
         return failed | {"code": "bad_result", "text": tail_text(text)}
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise  # the process is to end; in a thread it was the function itself that raised it
         text = user_traceback(error)
         print(text, file=sys.stderr, flush=True)
         return failed | {"code": "exception", "text": tail_text(text)}

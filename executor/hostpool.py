@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import structlog
@@ -21,6 +22,10 @@ log = structlog.get_logger(__name__)
 State = Literal["starting", "waiting", "busy", "settling", "leaving"]
 #: How long after a host's death its last words may still be on the channel.
 _LAST_WORDS_S = 2.0
+#: How often hosts are looked at while something is about to happen to one, and otherwise.
+_LOOK_S = 0.02
+_GLANCE_S = 0.5
+_DEATH_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class Host:
     left: bool = False  # ended by itself: said so
     heard: bool = False  # an external command's Client API has connected
     stopping: bool = False
+    leftovers: list[Path] = field(default_factory=list[Path])  # to be removed once it is dead
     failure: tuple[str, str] | None = None  # (code, text): why it could not even start working
 
     @property
@@ -100,6 +106,7 @@ class HostPool:
         self._by_key: dict[str, Host] = {}
         self._by_id: dict[str, Host] = {}
         self._serial = 0
+        self._look_at = 0.0
 
     @property
     def live(self) -> int:
@@ -140,6 +147,7 @@ class HostPool:
         )
         process = self._spawner.spawn(request)
         host = Host(id, plan, process, time.monotonic())
+        self._look_at = 0.0
         self._by_key[plan.key] = self._by_id[id] = host
         log.debug("host_started", host=id, key=plan.key, pid=process.pid)
         return host
@@ -168,10 +176,12 @@ class HostPool:
             for connection in host.connections.values():
                 self._channel.send(connection, {"op": "stop"})
         host.end_by = min(host.end_by, time.monotonic() + grace_s)
+        self._look_at = 0.0
 
     def kill(self, host: Host) -> None:
         """End a host now, with all it started."""
         host.stopping = True
+        self._look_at = 0.0
         self._retire(host)
         host.process.kill()
 
@@ -193,6 +203,7 @@ class HostPool:
         if message is None:
             if host.connections.get(role) == connection:
                 del host.connections[role]
+                self._look_at = 0.0  # it is ending, or has ended
             return
         match message["op"]:
             case "hello":
@@ -205,10 +216,12 @@ class HostPool:
                 host.left = host.left or code == 0
                 self._retire(host)
                 host.end_by = min(host.end_by, time.monotonic() + max(_LAST_WORDS_S, host.plan.grace_s))
+                self._look_at = 0.0
                 if role == "host" and host.plan.client is not None:
                     host.process.kill()  # the command has ended: what it left behind goes too
             case "leaving":
                 host.left = True
+                self._retire(host)
             case "failed" if not message.get("task"):
                 host.failure = (str(message.get("code", "exception")), str(message.get("text", "")))
                 self._retire(host)
@@ -241,11 +254,14 @@ class HostPool:
         if host.plan.once:
             self._retire(host)
             host.end_by = time.monotonic() + max(30.0, host.plan.grace_s)
+            self._look_at = 0.0
 
     # ------------------------------------------------------------ time
 
     def tick(self, now: float) -> None:
-        """See which hosts have ended, and end those that are late."""
+        """See which hosts have ended, and end those that are late. Cheap where it is not time to look."""
+        if now < self._look_at:
+            return
         for host in self.hosts():
             if not host.dead_at:
                 if host.process.poll() is not None:
@@ -260,12 +276,12 @@ class HostPool:
                     self.kill(host)
             if host.dead_at and (not host.connections or now - host.dead_at > _LAST_WORDS_S):
                 self._ended(host)
+        soon = any(h.dead_at or h.end_by != float("inf") or not h.connections for h in self._by_id.values())
+        self._look_at = now + (_LOOK_S if soon else _GLANCE_S)
 
-    def next_check_s(self) -> float:
+    def next_check_s(self, now: float) -> float:
         """How long until `tick` may have something to do."""
-        if any(host.dead_at or host.end_by != float("inf") or not host.connections for host in self._by_id.values()):
-            return 0.02
-        return 0.5
+        return max(0.0, self._look_at - now)
 
     def _ended(self, host: Host) -> None:
         del self._by_id[host.id]
@@ -291,8 +307,9 @@ class HostPool:
         for host in self.hosts():
             host.process.wait(max(0.0, deadline - time.monotonic()))
             host.process.kill()
+        deadline = time.monotonic() + _DEATH_S
         for host in self.hosts():
-            if host.process.wait(5.0) is None:
+            if host.process.wait(max(0.0, deadline - time.monotonic())) is None:
                 log.error("host_does_not_die", host=host.id, pid=host.process.pid)
         self._by_id.clear()
         self._by_key.clear()

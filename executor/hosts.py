@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from .host import ENV_PARENT
+from .lifeline import ENV_LIFELINE, lifeline
 
 #: A site's log past this size is moved aside when its next process starts: two of them are kept.
 MAX_LOG_BYTES = 64 * 1024 * 1024
@@ -79,25 +83,41 @@ class _Subprocess:
         return self._process.pid
 
     def poll(self) -> int | None:
-        if self._process.returncode is None and self._has_ended(0):
+        if self._process.returncode is None and self._has_ended():
             self._end_group()
         return self._process.poll()
 
     def wait(self, timeout_s: float) -> int | None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout_s)
-        return self._process.returncode
+        if self._process.returncode is None:
+            self._await_end(timeout_s)
+        return self.poll()
 
     def kill(self) -> None:
         if self._process.returncode is None:
             self._end_group()
 
-    def _has_ended(self, flags: int) -> bool:
+    def _has_ended(self) -> bool:
         """Whether it is dead, without reaping it: until then nobody else can get its process group's number."""
         try:
-            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT | flags) is not None
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:
             return True
+
+    def _await_end(self, timeout_s: float) -> None:
+        """Not `Popen.wait`, which reaps it before its group is ended."""
+        try:
+            fd = os.pidfd_open(self.pid)
+        except (AttributeError, OSError):  # another system, or gone already
+            deadline, never = time.monotonic() + timeout_s, threading.Event()
+            while not self._has_ended() and time.monotonic() < deadline:
+                never.wait(0.02)
+            return
+        try:
+            ended = select.poll()
+            ended.register(fd, select.POLLIN)
+            ended.poll(max(0.0, timeout_s) * 1000)
+        finally:
+            os.close(fd)
 
     def _end_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -114,6 +134,11 @@ class SubprocessSpawner:
         environ[ENV_PARENT] = str(os.getpid())
         environ.setdefault("PYTHONUNBUFFERED", "1")
         argv = list(request.argv) or [sys.executable, "-P", "-c", _ENTRY]
+        inherited: tuple[int, ...] = ()
+        environ.pop(ENV_LIFELINE, None)
+        if not request.argv:
+            inherited = (lifeline(),)
+            environ[ENV_LIFELINE] = str(inherited[0])
         with open_log(request.log_path) as log:
             process = subprocess.Popen(
                 argv,
@@ -123,6 +148,7 @@ class SubprocessSpawner:
                 stdout=log.fileno(),
                 stderr=log.fileno(),
                 start_new_session=True,
+                pass_fds=inherited,
             )
         return _Subprocess(process)
 

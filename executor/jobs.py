@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 from collections.abc import Callable
@@ -101,10 +102,36 @@ class JobFolders:
             return found
 
     def forget(self, job: str) -> None:
-        """The job is over: its code goes; logs and what its code wrote in the sites' folders stay."""
+        """The job is over: its code goes; logs and what its code wrote in the sites' folders stay; empty folders go."""
         with self._lock:
             self._known.pop(job, None)
             self._locks.pop(job, None)
         folder = self.folder(job)
         (folder / _ARCHIVE).unlink(missing_ok=True)
         shutil.rmtree(folder / "code", ignore_errors=True)
+        shutil.rmtree(folder / "code.part", ignore_errors=True)
+        for place in (*_folders(folder / "sites"), folder / "sites", folder):
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+    def on_disk(self) -> list[str]:
+        """The jobs whose code is here."""
+        return [path.name for path in _folders(self._workspace / "jobs") if (path / "code").is_dir()]
+
+    def prune_logs(self, keep: int) -> None:
+        """Remove the logs of all jobs but those that go on and the ``keep`` that were written to last."""
+        with self._lock:
+            known = set(self._known)
+        found = [path for path in _folders(self._workspace / "logs") if path.name not in known]
+        if len(found) <= keep:
+            return
+        found.sort(key=lambda path: max((file.stat().st_mtime for file in path.iterdir()), default=0.0))
+        for path in found[: len(found) - keep]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return [path for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
+    except OSError:
+        return []

@@ -87,11 +87,15 @@ class Outbox:
         Raises:
             OSError: the disk refused.
         """
-        self._held[held.key] = held
         path = self._record(held.key)
         part = path.with_suffix(".part")
-        part.write_bytes(pack(encode_fields(held)))
-        part.replace(path)
+        try:
+            part.write_bytes(pack(encode_fields(held)))
+            part.replace(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+        self._held[held.key] = held
 
     def remove(self, key: Key) -> Held | None:
         """Stored, or refused: forget it and its file."""
@@ -116,6 +120,9 @@ class Outbox:
                 continue
             payload = held.item.payload
             file = Path(held.path) if held.path else None
+            if held.incoming and file is not None and not file.exists():
+                file = None
+                payload = None  # the broker has taken it in already, or will say that it is gone
             if payload is not None and (file is None or not file.is_file() or file.stat().st_size != payload.size):
                 log.warning("outbox_payload_missing", task=held.item.task, attempt=held.item.attempt)
                 path.unlink()

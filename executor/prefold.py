@@ -55,10 +55,10 @@ class PartialFold:
         """
         self._fold.add(result.source, site=result.item.site, meta=result.item.meta)
 
-    def finish(self) -> tuple[PayloadRef, list[Buffer]]:
-        """The partial as a payload."""
+    def finish(self, digest: bool = True) -> tuple[PayloadRef, list[Buffer]]:
+        """The partial as a payload; without its digest where the broker goes by the size."""
         buffers, size = self._fold.to_partial()
-        ref = PayloadRef(PayloadId(f"p-{secrets.token_hex(16)}"), size, digest_buffers(buffers))
+        ref = PayloadRef(PayloadId(f"p-{secrets.token_hex(16)}"), size, digest_buffers(buffers) if digest else "")
         return ref, list(buffers)
 
 
@@ -73,6 +73,7 @@ class Batch:
     results: list[Result] = field(default_factory=list[Result])  # folded
     folding: int = 0  # handed to the fold thread, not heard of yet
     fold: PartialFold | None = None  # made and used by the fold thread
+    spoiled: str = ""  # why nothing of it may be sent: its job is over, or folding failed halfway
 
     @property
     def size(self) -> int:
@@ -81,6 +82,7 @@ class Batch:
 
     def take_in(self, result: Result) -> list[Result] | None:
         """Add a result. Returns what is to be folded now, or None where it is alone."""
+        assert not self.spoiled
         if self.alone is None and not self.results and not self.folding and self.fold is None:
             self.alone = result
             return None
@@ -104,6 +106,10 @@ class Batches:
     def __len__(self) -> int:
         return sum(batch.size for batch in (*self._open.values(), *self._sealed))
 
+    def gathers(self) -> list[Gather]:
+        """Those with a batch that takes more results."""
+        return list(self._open)
+
     def batch_for(self, gather: Gather, plan: bytes, now: float) -> Batch:
         """Where the next result of this gather belongs."""
         batch = self._open.get(gather)
@@ -112,6 +118,13 @@ class Batches:
                 self._seal(batch)
             batch = self._open[gather] = Batch(gather, plan, now)
         return batch
+
+    def spoil(self, batch: Batch, reason: str) -> None:
+        """Nothing of this batch may be sent; the next result of its gather begins another."""
+        batch.spoiled = batch.spoiled or reason
+        if self._open.get(batch.gather) is batch:
+            del self._open[batch.gather]
+        self._sealed = [other for other in self._sealed if other is not batch]
 
     def due(self, now: float, working: Sequence[Gather] | set[Gather]) -> list[Batch]:
         """Batches to send now; they take no more results.
@@ -131,11 +144,14 @@ class Batches:
         return min((batch.opened_at + self._max_s - now for batch in self._open.values()), default=3600.0)
 
     def drop_job(self, job: str) -> list[Result]:
-        """The job is over: its results are wanted no more."""
+        """The job is over: its results are wanted no more. Those that are just being folded are told of later."""
         gone = [batch for batch in (*self._open.values(), *self._sealed) if batch.gather[0] == job]
-        self._open = {gather: batch for gather, batch in self._open.items() if gather[0] != job}
-        self._sealed = [batch for batch in self._sealed if batch.gather[0] != job]
-        return [result for batch in gone for result in (*batch.results, *([batch.alone] if batch.alone else []))]
+        for batch in gone:
+            self.spoil(batch, "the job has ended")
+        results = [result for batch in gone for result in (*batch.results, *([batch.alone] if batch.alone else []))]
+        for batch in gone:
+            batch.results, batch.alone = [], None
+        return results
 
     def _seal(self, batch: Batch) -> None:
         del self._open[batch.gather]
@@ -143,7 +159,10 @@ class Batches:
 
 
 def fold_into(batch: Batch, waiting: Sequence[Result]) -> list[tuple[Result, Exception | None]]:
-    """Add results to a batch, in the fold thread; what became of each."""
+    """Add results to a batch, in the fold thread; what became of each.
+
+    Any other error than a bad result's leaves the batch in a state that nobody knows: it is raised.
+    """
     if batch.fold is None:
         batch.fold = PartialFold(batch.plan)
     out: list[tuple[Result, Exception | None]] = []

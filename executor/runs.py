@@ -27,6 +27,8 @@ class Work:
     function: TaskFunction | None = None  # embedded: runs in a thread of this process
     payload: Path | bytes | None = None
     plan: bytes | None = None  # the fold's, where results may be folded here
+    prepared: bool = False  # the pool thread is done with it
+    pinned: bool = False  # the payload is in the cache, and kept there
     open: int = 0  # tasks not finished: the payload stays pinned as long
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..serialization.errors import JobError
 from ..serialization.jobspec import Component
+from .plugins import call_plugin, find_plugin, plugin_names
 
 EXCHANGE_FORMATS = ("numpy", "pytorch")
 TRANSFER_TYPES = ("FULL", "DIFF")
@@ -88,14 +89,24 @@ def settings_of(component: Component) -> Settings:
     """The settings that a job's executor component holds.
 
     Raises:
-        JobError: not one of fedloom's executors, or arguments that it does not take.
+        JobError: neither one of fedloom's executors nor one that is installed here, or arguments that it does not take.
     """
     cls = _BY_PATH.get(component.path)
     if cls is None:
-        built = component.build()
+        plugin = find_plugin(component.path)
+        if plugin is None:
+            known = ", ".join(["ScriptExecutor", "FunctionExecutor", *plugin_names()])
+            raise JobError(
+                f"executor {component.path!r} is not here; known are {known}. Others are installed at the site, as"
+                " entry points of the group fedloom.executors"
+            )
+        built = call_plugin(plugin, component.path, component.args)
         if isinstance(built, ScriptExecutor | FunctionExecutor):
             return built
-        raise JobError(f"executor {component.path!r} is neither a ScriptExecutor nor a FunctionExecutor")
+        raise JobError(
+            f"executor {component.path!r} gave a {type(built).__name__}; it is neither a ScriptExecutor nor a"
+            " FunctionExecutor"
+        )
     allowed = {item.name for item in fields(cls)}
     args: dict[str, Any] = component.args
     if unknown := sorted(set(args) - allowed):

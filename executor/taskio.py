@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from ..serialization.codec import decode_fields, encode_fields
+from ..serialization.codec import decode_fields, encode_fields, pack
 from ..serialization.errors import LayoutError, PayloadError, ValuesError
 from ..serialization.messages import INLINE_BYTES
 from ..serialization.model import FLModel, ParamsType, flatten
@@ -20,6 +20,8 @@ from ..serialization.payload import decode_model, diff, encode_model
 from .state import SiteState
 
 _SCAN_ITEMS = 256 * 1024
+#: Of a result's metrics and meta, which ride in a message's body of 64 KiB.
+MAX_META_BYTES = 32 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,8 @@ def write_result(result: object, spec: TaskSpec, state: SiteState | None = None)
     """Check what user code returned, take the difference where the job asks for DIFF, and encode it.
 
     Raises:
-        PayloadError: not an FLModel, neither params nor metrics, or values that cannot be stored.
+        PayloadError: not an FLModel, neither params nor metrics, values that cannot be stored, or more metrics and
+            meta than go along with a result.
         ValuesError: NaN or Inf in a tensor, by name.
         LayoutError: a value that is no tensor; DIFF of one that the received model does not have, or has otherwise.
     """
@@ -116,6 +119,12 @@ def write_result(result: object, spec: TaskSpec, state: SiteState | None = None)
     if spec.transfer_type == "DIFF" and model.params is not None and model.params_type is ParamsType.FULL:
         model = _difference(model, spec)
     encoded = encode_model(model)
+    plain = len(pack(encoded.meta))
+    if plain > MAX_META_BYTES:
+        raise PayloadError(
+            f"the metrics and meta of {spec} take {plain} bytes; at most {MAX_META_BYTES} go along with a result: send"
+            " arrays as params, and keep histories in the site state"
+        )
     digest = encoded.digest() if spec.digest else ""
     data, path = None, ""
     if encoded.size <= INLINE_BYTES:

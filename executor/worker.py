@@ -14,9 +14,11 @@ from typing import Any
 
 import structlog
 
-from ..serialization.errors import JobError
-from ..serialization.messages import Event, Progress
+from ..serialization.codec import check_plain
+from ..serialization.errors import FedloomError
+from ..serialization.messages import Event, JobId, Progress, Site
 from .channel import ChannelServer, Map
+from .config import parked_by_memory
 from .context import TaskContext, TaskFunction
 from .desk import Desk
 from .host import run_task
@@ -25,10 +27,13 @@ from .hosts import Spawner, log_tail
 from .plans import host_plan, task_spec
 from .runs import Run
 from .script import ScriptExecutor
+from .sitelogs import SiteLogs
 from .slots import Slot
 from .state import version_name
 
 log = structlog.get_logger(__name__)
+
+_LIMITS_S = 0.05
 
 
 class Worker:
@@ -51,6 +56,10 @@ class Worker:
         self._finished = finished
         self._stopping = stopping
         self.hosts = HostPool(channel, spawner, self)
+        config = desk.config
+        self.logs = SiteLogs(self._tell_log if config.share_logs else None, config.log_bytes)
+        self._max_parked = parked_by_memory() if config.max_parked is None else config.max_parked
+        self._limits_at = 0.0
         self._lost_memory: set[str] = set()
         self._seen_lanes: set[str] = set()
 
@@ -58,14 +67,18 @@ class Worker:
         """The job is over: its hosts may finish what they do behind their loop, its files go after them."""
         for host in [host for host in self.hosts.hosts() if host.plan.job == job]:
             self.hosts.stop(host, max(host.plan.grace_s, self._desk.config.stop_grace_s))
-        self._forget_job(job)
+        self.logs.flush(job, time.monotonic())
+        self.forget_job(job)
 
-    def _forget_job(self, job: str) -> None:
+    def forget_job(self, job: str) -> None:
+        """Let its files go, if it has ended and nothing of it runs any more."""
         if job not in self._desk.ended_jobs or any(host.plan.job == job for host in self.hosts.hosts()):
             return
+        self.logs.flush(job, time.monotonic(), closed=True)
         self._lost_memory = {lane for lane in self._lost_memory if not lane.startswith(f"{job}/")}
         self._seen_lanes = {lane for lane in self._seen_lanes if not lane.startswith(f"{job}/")}
         self._desk.jobs.forget(job)
+        self._desk.jobs.prune_logs(self._desk.config.keep_logs)
         self._desk.states.forget(job, self._desk.config.sites)
 
     def close(self, grace_s: float) -> None:
@@ -74,12 +87,29 @@ class Worker:
             if run.context is not None:
                 run.context.cancel()
         self.hosts.close(grace_s)
+        for job in {host_job for host_job, _ in self.logs.watched()}:
+            self.logs.flush(job, time.monotonic(), closed=True)
+        self.logs.turn(time.monotonic())
+
+    def _tell_log(self, job: str, site: str, text: str) -> bool:
+        link = self._desk.link
+        if link.state != "up":
+            return False
+        link.send(Event(JobId(job), "log", Site(site), text=text))
+        return True
 
     # ------------------------------------------------------------ a task begins
 
     def begin(self, run: Run, slot: Slot) -> None:
-        link, hosts = self._desk.link, self.hosts
+        """Start a task in its slot, which it keeps until it is answered."""
         self._desk.slot_of[run.key] = slot
+        try:
+            self._begin(run, slot)
+        except (FedloomError, OSError) as error:
+            self._desk.fail(run, "job", f"{run.item.site} cannot start the task: {error}")
+
+    def _begin(self, run: Run, slot: Slot) -> None:
+        link, hosts = self._desk.link, self.hosts
         run.stage = "running"
         run.started_at = 0.0
         state_path = self._state_path(run)
@@ -93,16 +123,15 @@ class Worker:
         if run.work.function is not None:
             self._embedded(run, run.work.function)
             return
-        try:
-            plan = host_plan(run, slot, self._desk.jobs, self._desk.config.env)
-            run.log_path = plan.request.log_path if not run.spec.log_path else run.spec.log_path
-            if plan.lane:
-                fresh = hosts.find(plan.key) is None
-                self._note_restart(run, fresh and not plan.once and not state_path)
-                self._desk.slots.bind(plan.lane, slot)
-            hosts.give(run, plan)
-        except (JobError, OSError) as error:
-            self._desk.fail(run, "job", f"{run.item.site} cannot start the task: {error}")
+        plan = host_plan(run, slot, self._desk.jobs, self._desk.config.env)
+        run.log_path = plan.request.log_path if not run.spec.log_path else run.spec.log_path
+        self.logs.watch(run.job, run.item.site, run.log_path, time.monotonic())
+        if plan.lane:
+            fresh = hosts.find(plan.key) is None
+            self._note_restart(run, fresh and not plan.once and not state_path)
+        hosts.give(run, plan)
+        if plan.lane:
+            self._desk.slots.bind(plan.lane, slot)
 
     def _note_restart(self, run: Run, fresh: bool) -> None:
         """Whether a script that may have kept memory of its own starts without it."""
@@ -136,6 +165,7 @@ class Worker:
         run.started_at = time.monotonic()
 
         def report(op: str, data: dict[str, Any]) -> None:
+            check_plain(data)  # in the caller's thread, who can do something about it
             self._desk.post(lambda: self._told(run, {"op": op, **data}))
 
         def context_made(context: TaskContext) -> None:
@@ -156,10 +186,8 @@ class Worker:
         """A host waits for its next task."""
         hosts = self.hosts
         parked = hosts.parked()
-        for other in parked[: max(0, len(parked) - self._desk.config.max_parked)]:
-            log.info(
-                "host_parked_too_long", key=other.plan.key, parked=len(parked), allowed=self._desk.config.max_parked
-            )
+        for other in parked[: max(0, len(parked) - self._max_parked)]:
+            log.info("host_parked_too_long", key=other.plan.key, parked=len(parked), allowed=self._max_parked)
             self._lost_memory.add(other.plan.lane)
             hosts.stop(other, self._desk.config.stop_grace_s)
 
@@ -180,11 +208,17 @@ class Worker:
         text, killed = hosts.how_it_ended(host)
         if plan.lane and not host.stopping and not host.left and not plan.once:
             self._lost_memory.add(plan.lane)
-        if run is not None and run.key in self._desk.runs:
+        if run is not None and run.cancelled:
+            self._thrown_away(run)
+        elif run is not None and run.key in self._desk.runs:
             self._unanswered(host, run, text, killed)
         elif host.failure is not None or (killed and not host.stopping):
             self._unheard(host, host.failure[1] if host.failure is not None else f"its process {text}")
-        self._forget_job(plan.job)
+        for left in host.leftovers:
+            left.unlink(missing_ok=True)
+        if plan.lane:
+            self.logs.flush(plan.job, time.monotonic())
+        self.forget_job(plan.job)
 
     def _unanswered(self, host: Host, run: Run, text: str, killed: bool) -> None:
         if host.sent and not run.started_at:  # it had ended before this task reached it
@@ -231,7 +265,7 @@ class Worker:
                 self._desk.event(run.job, run.item.site, message)
                 return
             case "progress":
-                done, note = float(message.get("done", 0.0)), str(message.get("note", ""))[:1000]
+                done, note = min(1.0, max(0.0, float(message.get("done", 0.0)))), str(message.get("note", ""))[:1000]
                 link.send(Progress(run.item.task, run.item.attempt, done, note))
                 return
             case "result" | "failed":
@@ -244,7 +278,7 @@ class Worker:
         if host is not None:
             hosts.answered(host)
         if run.key not in self._desk.runs or run.cancelled:
-            self._thrown_away(run, message)
+            self._thrown_away(run)
         elif message["op"] == "failed":
             self._desk.fail(run, str(message.get("code", "exception")), str(message.get("text", "")))
         else:
@@ -267,8 +301,7 @@ class Worker:
         if host is None:
             run.kill_at = float("inf")
         elif host.state == "starting" or host.plan.once:
-            host.run = None
-            hosts.kill(host)
+            self._kill_host(host, run)
             self._desk.end(run)
         else:
             hosts.cancel(host)
@@ -276,12 +309,25 @@ class Worker:
             run.kill_at = float("inf") if keeps_memory else time.monotonic() + self._desk.config.cancel_grace_s
         self._desk.let_go(run.key)
 
-    def _thrown_away(self, run: Run, message: Map) -> None:
-        del message
+    def _thrown_away(self, run: Run) -> None:
         if run.key in self._desk.runs:
             self._desk.end(run)
+        else:  # it had ended, timed out for one, while its code went on and wrote this
+            self._desk.discard_files(run)
 
-    def limits(self, now: float) -> None:
+    def next_due_s(self, now: float) -> float:
+        """How long until `turn` may have something to do."""
+        return min(self.hosts.next_check_s(now), self.logs.next_due_s(now))
+
+    def turn(self, now: float) -> None:
+        """Everything that time brings."""
+        self.hosts.tick(now)
+        self.logs.turn(now)
+        if now >= self._limits_at:
+            self._limits_at = now + _LIMITS_S
+            self._limits(now)
+
+    def _limits(self, now: float) -> None:
         """End what was cancelled and goes on, and what runs longer than its user allows."""
         hosts = self.hosts
         for run in list(self._desk.runs.values()):
@@ -303,7 +349,12 @@ class Worker:
             run.context.cancel()
         for host in hosts.hosts():
             if host.run is run:
-                host.run = None
                 if host.plan.lane and not host.plan.once:
                     self._lost_memory.add(host.plan.lane)
-                hosts.kill(host)
+                self._kill_host(host, run)
+
+    def _kill_host(self, host: Host, run: Run) -> None:
+        host.run = None
+        if run.spec is not None:  # it may still be writing when the run's files are removed
+            host.leftovers += [Path(run.spec.result_path), Path(run.spec.state_out)]
+        self.hosts.kill(host)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .base import Recipe
     from .client import JobClient
     from .env import Env, ProdEnv, SimEnv
+    from .failures import SiteFailure
     from .fedavg import FedAvgRecipe, NumpyFedAvgRecipe
     from .job import Job
     from .options import ExchangeFormat, FrameworkType, TransferType
@@ -29,6 +30,7 @@ __all__ = [
     "Recipe",
     "Run",
     "SimEnv",
+    "SiteFailure",
     "TransferType",
 ]
 
@@ -44,6 +46,7 @@ _HOMES = {
     "Recipe": "base",
     "Run": "run",
     "SimEnv": "env",
+    "SiteFailure": "failures",
     "TransferType": "options",
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import overrides
+from .failures import SiteFailure, failures_of
 from .options import whole
 from .run import Run
 from .simulate import DEFAULT_WORKSPACE, SimOptions, raise_failure, show_failures, simulate
@@ -115,6 +116,9 @@ class SimBackend:
 
         return read_metrics(self._result.result_dir)
 
+    def failures(self) -> list[SiteFailure]:
+        return list(self._result.failures)
+
     def abort(self) -> None:
         return
 
@@ -192,6 +196,10 @@ class BrokerBackend:
     def metrics(self) -> list[dict[str, Any]]:
         with self._env.open() as client:
             return client.rounds(self._job_id)
+
+    def failures(self) -> list[SiteFailure]:
+        with self._env.open() as client:
+            return failures_of(client.rounds(self._job_id), client.info(self._job_id).reason)
 
     def abort(self) -> None:
         with self._env.open() as client:

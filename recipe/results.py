@@ -142,7 +142,7 @@ def _write_logs(events: Iterable[dict[str, Any]], folder: Path) -> None:
     started: set[str] = set()
     held = 0
     for event in events:
-        line = event_line(event) + "\n"
+        line = log_text(event)
         waiting.setdefault(_folder_name(str(event.get("site") or "")) or SERVER_LOG, []).append(line)
         held += len(line)
         if held > _LOG_BUFFER_CHARS:
@@ -157,6 +157,14 @@ def _flush(waiting: dict[str, list[str]], started: set[str], folder: Path) -> in
         started.add(site)
     waiting.clear()
     return 0
+
+
+def log_text(event: dict[str, Any]) -> str:
+    """An event as it stands in a site's log: what a script printed just as it was, all else as a line."""
+    if event.get("kind") == "log":
+        text = str(event.get("text") or "")
+        return text if text.endswith("\n") else text + "\n"
+    return event_line(event) + "\n"
 
 
 def event_line(event: dict[str, Any]) -> str:

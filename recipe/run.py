@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..serialization.errors import JobError
+from .failures import SiteFailure
 
 COMPLETED = "FINISHED:COMPLETED"
 ABORTED = "FINISHED:ABORTED"
@@ -30,6 +31,10 @@ class RunBackend(Protocol):
 
     def metrics(self) -> list[dict[str, Any]]:
         """The records of the rounds so far."""
+        ...
+
+    def failures(self) -> list[SiteFailure]:
+        """The sites that failed so far."""
         ...
 
     def abort(self) -> None:
@@ -88,6 +93,16 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The records of the committed rounds, as metrics.jsonl holds them."""
         return self._backend.metrics()
+
+    def failures(self) -> list[SiteFailure]:
+        """The sites that failed: what ended the job, if one did, then those that its rounds went on without.
+
+        A job whose rounds have ``min_clients`` results completes in spite of them.
+
+        Raises:
+            LinkError: the broker cannot be reached.
+        """
+        return self._backend.failures()
 
     def abort(self) -> None:
         """End the job now; nothing happens if it has ended."""

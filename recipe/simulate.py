@@ -13,6 +13,7 @@ from ..serialization.archive import folder_entries
 from ..serialization.errors import FedloomError, GatherError, JobError, TaskError
 from ..serialization.jobspec import JobSpec, check_site_name
 from . import overrides
+from .failures import describe
 from .options import whole
 from .run import ABORTED, COMPLETED
 from .workspace import previous, run_folder
@@ -201,15 +202,6 @@ def raise_failure(result: SimResult) -> None:
 
 def show_failures(result: SimResult) -> bool:
     """Say which clients failed in a simulation that was completed without them; whether there are any."""
-    for site, texts in sorted(_by_site(result).items()):
-        print(
-            f"warning: {site} failed in {len(texts)} tasks; the rounds went on without it:\n{texts[0]}", file=sys.stderr
-        )
+    if result.status == COMPLETED and result.failures:
+        print(f"warning: {describe(result.failures)}", file=sys.stderr)
     return bool(result.failures)
-
-
-def _by_site(result: SimResult) -> dict[str, list[str]]:
-    sites: dict[str, list[str]] = {}
-    for failure in result.failures:
-        sites.setdefault(failure.site, []).append(failure.text or failure.code)
-    return sites

@@ -101,6 +101,7 @@ def run_agent(
         "pool": POOL,
         "capacity": len(slot_envs),
         "slot_envs": tuple(slot_envs) if any(slot_envs) else (),
+        "share_logs": False,  # the run takes the files themselves
     }
     if not prefold:
         settings["partial_max_tasks"] = 1  # a batch of one leaves as a single result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import shutil
 import sys
@@ -31,8 +30,9 @@ from .progress import Record, Reporter, SilentReporter, View, make_reporter, met
 
 if TYPE_CHECKING:
     from ..recipe.client import JobClient, JobInfo
+    from ..recipe.failures import SiteFailure
 
-__all__ = ["SimConfig", "SimFailure", "SimResult", "run_simulation"]
+__all__ = ["SimConfig", "SimResult", "run_simulation"]
 
 log = structlog.get_logger(__name__)
 
@@ -45,20 +45,9 @@ _POLL_SHARE = 0.1
 _POLL_S = (0.01, 0.2)
 #: Events of the processes' logs that the run reports in its own words.
 _REPORTED = ("task_failed", "job_failed")
-_CONNECT_S = 60.0
+_CONNECT_S = 10.0
 #: A broker on this machine that says nothing for so long hangs.
 _SILENCE_S = 60.0
-#: `Gather` puts the first failed site at the end of its reason: where, site, code, traceback.
-_REASON = re.compile(r"\A[^\n]*\n(?P<site>[A-Za-z0-9][\w.-]{0,127}): (?P<code>[\w-]+)\n(?P<text>.*)\Z", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class SimFailure:
-    """A site whose task ended without a result; ``text`` is its own traceback where its code raised."""
-
-    site: str
-    code: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +59,7 @@ class SimResult:
     reason: str
     result_dir: Path
     rounds: tuple[Record, ...] = ()
-    failures: tuple[SimFailure, ...] = ()
+    failures: tuple[SiteFailure, ...] = ()
     seconds: float = 0.0
 
     @property
@@ -165,12 +154,13 @@ class _Run:
         token = secrets.token_hex(8)
         link = Link(pipeline.endpoint, Hello(node=f"client/{token}", role="client", boot=secrets.token_hex(16)))
         stack.callback(self._shield.run, link.close)
+        # the broker is ready, so this takes milliseconds; a death may close the link only then: `start` would not see it
+        with _deaths_told(pipeline):
+            link.start(_CONNECT_S)
         ended = threading.Thread(target=self._close_on_death, args=(link,), name="fedloom-sim-deaths", daemon=True)
         ended.start()
         stack.callback(ended.join, 5.0)
         stack.callback(self._shield.run, self._died.set)
-        with _deaths_told(pipeline):
-            link.start(_CONNECT_S)
         return link
 
     def _close_on_death(self, link: Link) -> None:
@@ -203,10 +193,12 @@ class _Run:
             self._died.wait(min(max(_POLL_S[0], (time.monotonic() - begun) * _POLL_SHARE), _POLL_S[1]))
 
     def _new_rounds(self, client: JobClient, job_id: str, rounds: int) -> None:
+        from ..recipe.failures import failures_of
+
         for record in client.rounds(job_id, after=len(self._records)):
             self._records.append(record)
             self._reporter.round_done(record, rounds)
-            for failure in _failures_of(record):
+            for failure in failures_of([record]):
                 what = failure.text.strip().rpartition("\n")[2] or failure.code
                 self._reporter.note(f"  {failure.site} failed: {what}")
 
@@ -225,13 +217,11 @@ class _Run:
 
     # ------------------------------------------------------------ after it
 
-    def _failures(self, pipeline: Pipeline, info: JobInfo) -> tuple[SimFailure, ...]:
+    def _failures(self, pipeline: Pipeline, info: JobInfo) -> tuple[SiteFailure, ...]:
         """Sites that failed, first things first; their tracebacks lead to the code that stays in ``job/``."""
-        found: list[SimFailure] = []
-        if info.status != COMPLETED and (match := _REASON.match(info.reason)):
-            found.append(SimFailure(match["site"], match["code"], match["text"]))
-        for record in self._records:
-            found += _failures_of(record)
+        from ..recipe.failures import failures_of
+
+        found = failures_of(self._records, "" if info.status == COMPLETED else info.reason)
         return tuple(
             dict.fromkeys(replace(failure, text=self._lasting(pipeline, info, failure.text)) for failure in found)
         )
@@ -241,7 +231,7 @@ class _Run:
         return text.replace(str(code), str(self._workspace / "job"))
 
     def _collect(
-        self, client: JobClient, pipeline: Pipeline, info: JobInfo, failures: tuple[SimFailure, ...]
+        self, client: JobClient, pipeline: Pipeline, info: JobInfo, failures: tuple[SiteFailure, ...]
     ) -> SimResult:
         from ..recipe.results import BEST_MODEL_FILE, METRICS_FILE, MODEL_FILE, write_results
 
@@ -294,11 +284,6 @@ class _Run:
             pipeline.keep_logs(self._workspace / "logs")
         if not self._config.keep_store:
             shutil.rmtree(self._workspace / WORK_DIR, ignore_errors=True)
-
-
-def _failures_of(record: Record) -> list[SimFailure]:
-    entries = cast("list[dict[str, Any]]", record.get("failures") or [])
-    return [SimFailure(str(e.get("site", "")), str(e.get("code", "")), str(e.get("text", ""))) for e in entries]
 
 
 def _agent_folders(pipeline: Pipeline, job_id: str) -> list[tuple[str, Path]]:

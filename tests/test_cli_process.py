@@ -103,6 +103,8 @@ class TestSim:
         assert "ValueError: the client's own mistake" in done.stderr
         assert 'client.py", line 9' in done.stderr
         assert "recipe/cli" not in done.stderr
+        assert done.stderr.count("Traceback (most recent call last)") == 1
+        assert done.stderr.count("the client's own mistake") == 2, "the line of code, and what it raised"
         done = fedloom("sim", "job.py", "-n", "1", cwd=folder, code=2)
         assert "min_clients=2 but the simulation has 1 clients" in done.stderr
 

@@ -82,13 +82,14 @@ class FedAvg(Workflow):
         """All rounds that are not committed yet."""
         model = fed.model(self.initial_model)
         memory = _Memory.of(fed.state())
+        model_ref = fed.put_model(model)
         for round in fed.rounds(self.num_rounds):
             record = RoundRecord(round)
             plan = self.aggregator.plan(model, tasks=self.sample or fed.site_count or MOST_TASKS, previous=memory.plan)
             associative = self.aggregator.associative
             gather = fed.gather(
                 self.task,
-                model,
+                model_ref,
                 round=round,
                 sample=self.sample,
                 rule=self.rule,
@@ -98,12 +99,12 @@ class FedAvg(Workflow):
             )
             fold = self.aggregator.start(model, plan, master=memory.master)
             fold = Folding(fed, gather, fold, record, checkpoint_bytes=self.checkpoint_bytes).run()
-            received, model = model, fold.finish()
+            received, model = model_ref, fold.finish()
             scored = fold.metrics
             model.metrics = None
             best = memory.note(scored.get(self.key_metric), round)
             memory.after(fold)
-            fed.commit(
+            model_ref = fed.commit(
                 model,
                 round=round,
                 best=received if best else None,

@@ -148,7 +148,8 @@ def logs(
             return
         for event in client.follow(job_id) if follow else client.events(job_id):
             if site in (None, event.get("site")):
-                typer.echo(f"{event.get('site') or '-'}  {event_line(event)}")
+                for line in event_line(event).splitlines() or [""]:
+                    typer.echo(f"{event.get('site') or '-'}  {line}")
 
 
 @app.command()

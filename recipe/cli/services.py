@@ -81,6 +81,9 @@ def executor(
     capacity: Annotated[
         int | None, typer.Option("--capacity", min=1, metavar="N", help="Tasks at a time; default one a site.")
     ] = None,
+    share_logs: Annotated[
+        bool, typer.Option("--share-logs/--no-share-logs", help="Send what the sites' scripts print to the broker.")
+    ] = True,
     broker: Broker = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
@@ -105,6 +108,7 @@ def executor(
             sites=tuple(sites),
             pool=pool or "",
             capacity=capacity or len(sites),
+            share_logs=share_logs,
         )
     )
 

@@ -17,6 +17,8 @@ from fedloom.serialization.digest import digest_buffers
 from fedloom.serialization.errors import FaultError, LinkError
 from fedloom.serialization.jobspec import Component, ExecutorSpec, JobSpec
 from fedloom.serialization.messages import (
+    Answer,
+    Ask,
     Assign,
     AssignItem,
     Done,
@@ -44,6 +46,18 @@ class FakeLink:
         self.options = options
         self.local = broker.local
         self.closed = threading.Event()
+        self.state = "up"
+
+    def next_ref(self) -> int:
+        return 1
+
+    def request(self, message: Any, tail: Any = b"", timeout_s: float = 60.0) -> tuple[Any, bytes]:
+        assert isinstance(message, Ask) and message.what == "job"
+        self.broker.asked.append(message.job)
+        status = self.broker.statuses.get(message.job, "RUNNING")
+        if status == "unknown":
+            raise FaultError("unknown_job", f"no job {message.job}")
+        return Answer(message.ref, {"status": status}), b""
 
     def start(self, timeout_s: float = 30.0) -> Welcome:
         if self.broker.refuse is not None:
@@ -54,6 +68,8 @@ class FakeLink:
         return Welcome("s", "e")
 
     def send(self, message: Any, tail: Any = b"") -> None:
+        if self.state != "up":
+            return
         packet = decode(encode(message, tail, 1))  # what does not encode would not have left a real link either
         self.broker.heard(packet.message, bytes(packet.tail))
 
@@ -94,6 +110,8 @@ class FakeBroker:
     put_errors: list[Exception] = field(default_factory=list)
     refuse: Exception | None = None
     local: Any = None
+    statuses: dict[str, str] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
     store: bool = True  # answer each Done with Stored
     link: FakeLink | None = None
 
@@ -230,6 +248,7 @@ def make_job(broker: FakeBroker, tmp_path: Path) -> Callable[..., PayloadRef]:
         folder = tmp_path / f"job-folder-{len(made)}"
         made.append(folder)
         args.setdefault("task_script_path", "client.py")
+        args = {name: value for name, value in args.items() if value is not None}
         threads = args.pop("threads_per_task", 1)
         spec = JobSpec(
             "job",

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from fedloom.executor.outbox import Held, Outbox
 from fedloom.serialization.errors import FaultError, LinkError
-from fedloom.serialization.messages import Decline, Done, DoneItem, PayloadRef, Refusal, Stored
+from fedloom.serialization.messages import Done, DoneItem, PayloadRef, Refusal, Stored
 from fedloom.serialization.model import FLModel
 
 
@@ -114,8 +114,8 @@ def test_a_payload_that_the_broker_does_not_take_is_given_back(broker, trained, 
     broker.put_errors = [FaultError("quota", "no room")]
     agent = trained(size=50_000)
     broker.assign(("a", "site-1"), model=weights(1.0))
-    declined = broker.wait(lambda m, _: isinstance(m, Decline))[0]
-    assert declined.tasks[0].task == "a" and "no room" in declined.reason
+    failed = broker.failed("a")
+    assert failed.retryable and failed.code == "not_taken" and "no room" in failed.text  # a try that counts
     _until(lambda: not agent._desk.held_refs() and not len(agent._desk.outbox))
 
 

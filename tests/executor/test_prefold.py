@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import numpy as np
 import pytest
+from fedloom.executor import collector, prefold
 from fedloom.executor.deliver import fit_items
 from fedloom.executor.prefold import Batches, Result
 from fedloom.serialization.codec import encode_fields, pack
 from fedloom.serialization.fold import Fold, FoldPlan
-from fedloom.serialization.messages import Done, DoneItem, Ping, Refusal, Stored
+from fedloom.serialization.messages import Cancel, Done, DoneItem, Fail, Ping, Progress, Refusal, Stored
 from fedloom.serialization.model import FLModel
 from fedloom.serialization.payload import encode_model
 
@@ -174,6 +176,68 @@ def test_an_idle_pool_does_not_wait_for_the_clock(broker, pool):
     broker.assign(*[(f"t-{s}", s) for s in names[:3]], model=FLModel(params=BASE), **fields)
     broker.done("t-site-1")
     assert time.monotonic() - started < 20
+
+
+def test_results_that_wait_in_a_batch_are_told_of_and_those_that_leave_soon_are_not(broker, make_agent, monkeypatch):
+    monkeypatch.setattr(collector, "_NEWS_AT_ONCE", 2)
+    gate = threading.Event()
+    sites = tuple(f"site-{i}" for i in range(1, 7))
+
+    def train(model, ctx):
+        assert ctx.round == 0 or ctx.site != sites[-1] or gate.wait(20)
+        return FLModel(params=model.params, meta={"NUM_STEPS_CURRENT_ROUND": 1})
+
+    make_agent({"train": train}, sites=sites, pool="p", capacity=6)
+    fields = {"partials": True, "fold": broker.add(FoldPlan.first(BASE, tasks=6).to_bytes(), "blob")}
+    for round in range(2):
+        broker.assign(*((f"{round}{site}", site) for site in sites), round=round, model=FLModel(params=BASE), **fields)
+        if round == 0:
+            broker.done("0site-6")
+    _until(lambda: sum(isinstance(m, Progress) for m, _ in broker.messages) == 5)
+    gate.set()
+    broker.done("1site-6")
+    told = [m for m, _ in broker.messages if isinstance(m, Progress)]
+    assert {m.task for m in told} == {f"1{site}" for site in sites[:-1]} and {m.done for m in told} == {1.0}
+
+
+def test_a_job_that_ends_while_its_results_are_folded_leaves_nothing(broker, pool, monkeypatch):
+    gate, folding = threading.Event(), threading.Event()
+    add = prefold.PartialFold.add
+
+    def slow(self, result):
+        folding.set()
+        assert gate.wait(20)
+        add(self, result)
+
+    monkeypatch.setattr(prefold.PartialFold, "add", slow)
+    agent, names, _, fields = pool(sites=4, capacity=4)
+    broker.assign(*[(f"t-{s}", s) for s in names], model=FLModel(params=BASE), **fields)
+    assert folding.wait(20)
+    broker.say(Cancel("job-1", ended=True))
+    gate.set()
+    _until(lambda: not agent._desk.held_refs() and not agent._desk.runs and not agent._desk.cache._pins)
+    assert not [m for m, _ in broker.messages if isinstance(m, Done | Fail)]
+    assert not list((agent.config.workspace / "outbox").iterdir())
+
+
+def test_a_fold_that_breaks_sends_nothing_of_its_batch(broker, pool, monkeypatch):
+    """What such a fold holds nobody knows: a result that is reported lost must not be in it all the same."""
+    add, calls = prefold.PartialFold.add, []
+
+    def breaks(self, result):
+        calls.append(result.item.task)
+        if len(calls) == 2:
+            raise ZeroDivisionError("a bug")
+        add(self, result)
+
+    monkeypatch.setattr(prefold.PartialFold, "add", breaks)
+    agent, names, plan, fields = pool(sites=4, capacity=1)
+    broker.assign(*[(f"t-{s}", s) for s in names], model=FLModel(params=BASE), **fields)
+    _until(lambda: len(calls) > 1 and not agent._desk.held_refs())
+    failed = [m for m, _ in broker.messages if isinstance(m, Fail)]
+    assert {"t-site-1", "t-site-2"} <= {m.task for m in failed}  # and those that were on their way into it
+    assert all(m.retryable and "a bug" in m.text for m in failed)
+    assert fold_all(broker, plan).count == 4 - len(failed)
 
 
 def _until(true, timeout_s: float = 20.0) -> None:

@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 from fedloom.executor.agent import Agent, AgentConfig
+from fedloom.executor.config import available_bytes, parked_by_memory
 from fedloom.executor.script import FunctionExecutor, ScriptExecutor, settings_of
 from fedloom.executor.seeding import seed_all, start_seed, task_seed
 from fedloom.executor.service import run_executor
@@ -47,8 +48,8 @@ def test_wrong_settings_are_named(args, words):
 
 
 def test_wrong_components_and_command_lines():
-    with pytest.raises(JobError, match="neither"):
-        settings_of(Component("fedloom.executor.slots.Slot", {"index": 1}))
+    with pytest.raises(JobError, match=r"os\.system.*is not here; known are ScriptExecutor, FunctionExecutor"):
+        settings_of(Component("os.system", {"command": "exit"}))  # nothing of a job's is imported into the agent
     with pytest.raises(JobError, match="task_script_args"):
         _ = ScriptExecutor("c.py", "'open").argv
     with pytest.raises(JobError, match="function"):
@@ -102,6 +103,12 @@ def test_the_service_gives_up_where_it_is_not_wanted(broker, tmp_path):
     broker.refuse = FaultError("role", "not allowed")
     with pytest.raises(FaultError, match="not allowed"):
         run_executor(config, make_agent=make)
+
+
+def test_how_many_scripts_may_wait_follows_the_memory():
+    gib = 1024**3
+    assert [parked_by_memory(n) for n in (0, gib, 16 * gib, 10**15)] == [8, 8, 32, 1024]
+    assert parked_by_memory() == parked_by_memory(available_bytes()) and available_bytes() > 0
 
 
 def test_names_and_capacity(tmp_path):

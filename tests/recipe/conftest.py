@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-@dataclass
-class FakeFailure:
-    site: str
-    text: str
-    code: str = "raised"
+from fedloom.recipe import SiteFailure
 
 
 @dataclass
@@ -22,7 +16,7 @@ class FakeSimResult:
     status: str
     result_dir: Path
     reason: str = ""
-    failures: tuple[FakeFailure, ...] = ()
+    failures: tuple[SiteFailure, ...] = ()
 
 
 @dataclass
@@ -31,12 +25,12 @@ class FakeLauncher:
 
     status: str = "FINISHED:COMPLETED"
     reason: str = ""
-    failures: tuple[FakeFailure, ...] = ()
+    failures: tuple[SiteFailure, ...] = ()
     configs: list[Any] = field(default_factory=list[Any])
     jobs: list[Any] = field(default_factory=list[Any])
 
-    def failure(self, site: str, text: str) -> FakeFailure:
-        return FakeFailure(site, text)
+    def failure(self, site: str, text: str, round: int = 0) -> SiteFailure:
+        return SiteFailure(site, "exception", text, round)
 
     def run(self, config: Any) -> FakeSimResult:
         from fedloom.serialization.jobspec import JobSpec
@@ -54,6 +48,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> FakeLauncher:
     module.SimResult = FakeSimResult  # type: ignore[attr-defined]
     module.run_simulation = fake.run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fedloom.sim.launcher", module)
+    monkeypatch.setattr("fedloom.sim.preload.start_early", lambda: None)
     return fake
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fedloom.recipe.code import local_code, script_folders, tree
+from fedloom.recipe.code import local_code, named_scripts, script_folders, tree
 from fedloom.serialization.errors import JobError
 
 
@@ -91,3 +91,16 @@ def test_tree(tmp_path: Path) -> None:
     (tmp_path / "data" / "x.pyc").write_text("")
     assert list(tree(tmp_path / "data")) == ["data/sub/x.csv"]
     assert list(tree(tmp_path / "data" / "sub" / "x.csv")) == ["x.csv"]
+
+
+def test_scripts_that_a_job_script_names(tmp_path: Path) -> None:
+    for name in ("client.py", "other.py"):
+        (tmp_path / name).write_text("")
+    job = tmp_path / "job.py"
+    job.write_text(
+        '"""Uses client.py."""\nrun("client.py:train", HERE / "other.py", "gone.py", f"{x}client.py", "a.txt")\n'
+    )
+    assert named_scripts(job) == [tmp_path / "client.py", tmp_path / "other.py"]
+    job.write_text("def (")
+    assert named_scripts(job) == []
+    assert named_scripts(tmp_path / "gone.py") == []

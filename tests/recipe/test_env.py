@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fedloom.recipe import NumpyFedAvgRecipe, ProdEnv, SimEnv
+from fedloom.recipe import NumpyFedAvgRecipe, ProdEnv, SimEnv, SiteFailure
 from fedloom.recipe.client import JobInfo
+from fedloom.recipe.failures import describe, failures_of
 from fedloom.recipe.overrides import Outcome, Overrides, applied
+from fedloom.recipe.workspace import run_folder
 from fedloom.serialization.errors import FedloomError, GatherError, JobError, TaskError
 from fedloom.serialization.jobspec import JobSpec
 
@@ -106,12 +110,18 @@ class TestWorkspace:
 
     def test_a_folder_in_use_is_refused(self, here: Path, launcher: FakeLauncher) -> None:
         folder = recipe().execute(SimEnv(2, workspace_root="ws")).get_result()
-        code = (
-            "import fcntl, os, sys\nh = os.open(sys.argv[1], os.O_RDWR)\nfcntl.lockf(h, fcntl.LOCK_EX)\n"
-            "print('held', flush=True)\nsys.stdin.read()\n"
-        )
+        code = """if True:
+            import sys
+            from pathlib import Path
+            from fedloom.recipe.workspace import mark, run_folder
+            with run_folder(Path(sys.argv[1])) as folder:
+                mark(folder, "results")  # as the end of a run does: the folder stays held
+                (folder / ".fedloom").read_text()
+                print("held", flush=True)
+                sys.stdin.read()
+        """
         holder = subprocess.Popen(
-            [sys.executable, "-c", code, str(folder / ".fedloom")],
+            [sys.executable, "-c", code, str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -124,6 +134,26 @@ class TestWorkspace:
                 recipe().execute(SimEnv(2, workspace_root="ws"))
             holder.stdin.close()
         recipe().execute(SimEnv(2, workspace_root="ws"))
+
+    def test_a_folder_in_use_is_refused_to_another_thread(self, tmp_path: Path) -> None:
+        with run_folder(tmp_path / "ws") as folder:
+            for _ in range(2):  # the first refusal has not let go of it
+                with pytest.raises(JobError, match="another simulation is running"), run_folder(folder):
+                    pass
+        with run_folder(folder):
+            pass
+
+    def test_a_child_that_lives_on_does_not_keep_the_folder(self, tmp_path: Path) -> None:
+        with run_folder(tmp_path / "ws") as folder:
+            child = os.fork()
+            if not child:
+                signal.pause()
+        try:
+            with run_folder(folder):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def test_a_job_folder_and_the_last_runs_own(here: Path, launcher: FakeLauncher) -> None:
@@ -168,7 +198,7 @@ def test_prod_env(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             return dest
 
         def rounds(self, job_id: str) -> list[dict[str, Any]]:
-            return [{"round": 0}]
+            return [{"round": 0, "failures": [{"site": "site-2", "code": "timeout", "text": "late"}]}]
 
         def abort(self, job_id: str) -> None:
             asked.append(("abort", job_id))
@@ -179,7 +209,8 @@ def test_prod_env(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (run.get_job_id(), run.get_status(), run.get_reason()) == ("j-1", "RUNNING", "why")
     assert run.wait(5) == "FINISHED:COMPLETED"
     assert run.get_result(timeout=0) == here / "res" / "j-1"
-    assert run.metrics() == [{"round": 0}]
+    assert [record["round"] for record in run.metrics()] == [0]
+    assert run.failures() == [SiteFailure("site-2", "timeout", "late", 0)]
     run.abort()
     assert [item for item in asked if item[0] in ("wait", "abort")] == [("wait", 5), ("wait", None), ("abort", "j-1")]
     with pytest.raises(JobError, match="timeout=-1"):
@@ -199,6 +230,41 @@ class TestFailures:
         assert str(here / "fedloom-workspace" / "my job") in notes
         run = recipe().execute(SimEnv(2, check=False))
         assert (run.get_status(), run.get_reason()) == ("FINISHED:FAILED", "round 0 has 1 of 2 results")
+
+    def test_a_failure_that_the_quorum_spared(
+        self, here: Path, launcher: FakeLauncher, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        launcher.failures = (
+            launcher.failure("site-2", "Traceback: ValueError: mine", 1),
+            launcher.failure("site-2", "Traceback: ValueError: mine", 3),
+            launcher.failure("site-1", "", 2),
+        )
+        overrides = Overrides()
+        with applied(overrides):
+            run = recipe().execute(SimEnv(2))
+        assert run.get_status() == "FINISHED:COMPLETED"
+        assert run.failures() == list(launcher.failures)
+        assert capsys.readouterr().err == (
+            "warning: site-1 failed in round 3; the job went on without it:\nexception\n"
+            "site-2 failed in 2 rounds, first in round 2; the job went on without it:\nTraceback: ValueError: mine\n"
+        )
+        assert overrides.runs[0].failures, "what the command's exit code goes by"
+
+    def test_many_failures_are_a_page_at_most(self, launcher: FakeLauncher) -> None:
+        text = describe([launcher.failure(f"site-{n:04}", "Traceback\nValueError: x") for n in range(1000)])
+        assert text.count("ValueError") == 5
+        assert text.endswith("site-0024 and 975 more")
+
+    def test_failures_out_of_records_and_reason(self) -> None:
+        records = [
+            {"round": 0, "failures": []},
+            {"round": 1, "failures": [{"site": "site-3", "code": "killed", "text": "by SIGKILL"}]},
+        ]
+        assert failures_of(records) == [SiteFailure("site-3", "killed", "by SIGKILL", 1)]
+        reason = "round 2, train: 3 results cannot be reached\nsite-1: exception\nTraceback (most\nValueError: x"
+        first = SiteFailure("site-1", "exception", "Traceback (most\nValueError: x", 2)
+        assert failures_of(records, reason)[0] == first
+        assert failures_of(records, "aborted by alice")[0].site == "site-3"
 
     def test_other_ends(self, here: Path, launcher: FakeLauncher) -> None:
         launcher.status, launcher.reason = "FINISHED:FAILED", "no site"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from fedloom.serialization.errors import JobError, LinkTimeout
+from fedloom.serialization.errors import JobError, LinkTimeout, ProcessError
 from fedloom.sim.launcher import SimConfig, SimResult, run_simulation
 from safetensors.numpy import load_file
 
@@ -224,6 +224,26 @@ def test_a_script_that_raises_ends_the_run_with_its_own_traceback(make_job: Make
     assert script.read_text().splitlines()[6].strip() == 'raise ValueError("this is my mistake")'
     assert result.reason.endswith(first.text)
     assert "this is my mistake" in (result.result_dir / "logs" / "site-3.log").read_text()
+    assert started_by(os.getpid()) == []
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("role", ["broker", "data"])
+def test_a_process_that_does_not_even_start_is_told_at_once(make_job: MakeJob, tmp_path: Path, role: str) -> None:
+    wrong: dict[str, Any] = {"integrity": "size", "FEDLOOM_NOTHING": 1} if role == "broker" else {"chunk_bytes": "many"}
+    started = time.monotonic()
+    with pytest.raises(ProcessError, match=f"the simulation's {role} process.* exit code 1; it said last"):
+        run_simulation(config(make_job(), tmp_path, broker=wrong))
+    assert time.monotonic() - started < 20.0
+    assert started_by(os.getpid()) == []
+
+
+@pytest.mark.process
+def test_an_agent_that_does_not_even_start_is_told_at_once(make_job: MakeJob, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(ProcessError, match=r"the simulation's agent process.* exit code 1; it said last"):
+        run_simulation(config(make_job(), tmp_path, agent={"no_such_option": 1}))
+    assert time.monotonic() - started < 20.0
     assert started_by(os.getpid()) == []
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 from fedloom.serialization.errors import ProcessError
+from fedloom.sim import preload
 from fedloom.sim.forkserver.client import ForkedProcess, WarmClient
 from fedloom.sim.forkserver.warm import THREAD_ENV, Warm
-from fedloom.sim.preload import modules_for, start_warm, warmed
+from fedloom.sim.preload import end_early, load_early, modules_for, start_early, start_warm, take_warm, warmed
 
 pytestmark = pytest.mark.process
 
@@ -434,3 +435,61 @@ def test_imports_of_a_job(tmp_path: Path) -> None:
     assert set(modules) == {"torch", "torch._dynamo", "torch.nn.functional", "sklearn.datasets", "structlog", "typer"}
     assert modules_for([tmp_path / "half.py"]) == ()
     assert modules_for([], torch=True) == ("torch", "torch._dynamo")
+
+
+@pytest.fixture
+def early(probe_path: Path) -> Iterator[None]:
+    start_early()
+    yield
+    end_early()
+
+
+@pytest.mark.usefixtures("early")
+def test_one_that_was_started_early_is_taken_with_what_the_script_has_set_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [started] = preload._early  # pyright: ignore[reportPrivateUsage]
+    (tmp_path / "client.py").write_text("import structlog\n")
+    load_early([tmp_path / "client.py"])
+    assert "structlog" in started.wanted
+    monkeypatch.setenv("FEDLOOM_TEST", "set by the job's script")
+    monkeypatch.delenv("HOME")
+    warm = take_warm(["probe"])
+    try:
+        assert warm is started
+        env = report(warm.fork("x", "probe:report", {}, log_path=tmp_path / "log"))["env"]
+        assert isinstance(env, dict)
+        assert env["FEDLOOM_TEST"] == "set by the job's script"
+        assert "HOME" not in env
+        assert {name: env[name] for name in THREAD_ENV} == dict.fromkeys(THREAD_ENV, "1")
+    finally:
+        warm.close()
+
+
+@pytest.mark.usefixtures("early")
+def test_a_variable_that_imports_read_asks_for_another_warm_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    [started] = preload._early  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    warm = take_warm(["probe"])
+    try:
+        assert warm is not started
+        assert gone(started.process.pid)
+    finally:
+        warm.close()
+
+
+@pytest.mark.usefixtures("early")
+def test_one_that_nobody_takes_ends_at_once_with_its_folder() -> None:
+    [started] = preload._early  # pyright: ignore[reportPrivateUsage]
+    begun = time.monotonic()
+    end_early()
+    assert time.monotonic() - begun < 1.0
+    assert gone(started.process.pid)
+    assert not started.run_dir.exists()
+
+
+def test_what_starts_the_warm_process_is_light() -> None:
+    """It comes before everything else in `fedloom sim`: what it imports, everybody waits for."""
+    code = "import sys, fedloom.sim.preload; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert not {"numpy", "zmq", "structlog", "rich", "asyncio", "typer", "torch"} & set(done.stdout.split())

@@ -136,10 +136,9 @@ class Cluster:
         return env | ({"FEDLOOM_NO_LOCAL": "1"} if streamed else {})
 
     def broker(self, fault: str = "") -> Any:
-        child = self.children.fedloom(
+        return self.children.fedloom(
             "broker", "--bind", self.endpoint, "--store", self.folder / "store", env=self._env(fault, False)
         )
-        return child
 
     def controller(self, fault: str = "", streamed: bool = False) -> Any:
         return self.children.fedloom("controller", "--broker", self.endpoint, env=self._env(fault, streamed))

@@ -62,7 +62,7 @@ def test_executor_with_half_an_upload_sent(
 def test_controller_after_k_of_n_folds(
     cluster: Any, jobs: Any, undisturbed: Callable[..., str], sha256: Callable[[Path], str], momentum: bool
 ) -> None:
-    """The job's process dies with two of three results folded; the next one folds them again, and no site trains twice."""
+    """The job's process dies with two of three results folded: the next one folds them again, no site trains twice."""
     calm = undisturbed(momentum=momentum)
     cluster.broker()
     cluster.controller(fault="job.after_fold:2")

@@ -208,7 +208,7 @@ def test_too_few_sites_connect(cluster: Any, jobs: Any) -> None:
     server["workflows"][0]["args"]["sites_s"] = 3.0
     config.write_text(json.dumps(server))
     job_id = cluster.submit(folder)
-    code, out, err = cluster.job("wait", job_id, timeout_s=60, ok=False)
+    code, out, _err = cluster.job("wait", job_id, timeout_s=60, ok=False)
     assert code == 1
     _, out, _ = cluster.job("status", job_id, "--json")
     status = json.loads(out)

@@ -1,0 +1,101 @@
+"""What all tasks of one Assign need before they can start: the job's code, the payload, the fold's plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import structlog
+
+from ..serialization.codec import unpack
+from ..serialization.errors import FaultError, FedloomError, JobError, LinkError
+from ..serialization.messages import Answer, Ask, Decline, JobId, PayloadRef
+from .context import TaskFunction
+from .desk import Desk
+from .runs import Work
+from .script import settings_of
+
+log = structlog.get_logger(__name__)
+
+_FETCH_S = 24 * 3600.0
+_DECLINE_S = 2.0
+_ASK_S = 60.0
+_MAX_ANSWER_BYTES = 1024 * 1024
+
+
+class Preparer:
+    """Prepares in a pool thread; what comes of it is seen to in the agent's."""
+
+    def __init__(self, desk: Desk, functions: Mapping[str, TaskFunction]) -> None:
+        self._desk = desk
+        self._functions = functions
+
+    def prepare(self, work: Work) -> None:
+        """In a pool thread. What is here already is not fetched again."""
+        desk, message = self._desk, work.assign
+        work.function = self._functions.get(message.name) or self._functions.get("*")
+        if message.archive is not None:
+            work.job = desk.jobs.ensure(message.job, message.archive, lambda ref: desk.link.fetch(ref, _FETCH_S))
+            try:
+                work.settings = settings_of(work.job.spec.executor_for(message.name))
+            except JobError:
+                if work.function is None:
+                    raise
+        if work.settings is None and work.function is None:
+            raise JobError(
+                f"task {message.name!r} of job {message.job} has no code: no function here and no script in it"
+            )
+        if message.payload is not None:
+            inline = len(work.tail) == message.payload.size
+            work.payload = work.tail if inline else desk.cache.fetch(message.payload, self._fetch)
+            work.pinned = desk.cache.holds(work.payload)
+        if message.partials and message.fold is not None:
+            got = desk.cache.fetch(message.fold, self._fetch)
+            work.plan = got.read_bytes() if isinstance(got, Path) else got
+            desk.cache.unpin(message.fold.id)
+
+    def _fetch(self, ref: PayloadRef, dest: Path) -> Path | bytes:
+        return self._desk.link.fetch(ref, _FETCH_S, dest)
+
+    def prepared(self, work: Work, error: Exception | None) -> None:
+        """Its tasks may start, or have ended."""
+        desk = self._desk
+        work.prepared = True
+        runs = [run for run in desk.runs.values() if run.work is work and run.stage == "preparing"]
+        desk.close_work(work)  # all of them may have been cancelled meanwhile
+        if error is None:
+            for run in runs:
+                run.stage = "waiting"
+                desk.slots.push(run.key, run.lane)
+            return
+        log.warning("task_not_prepared", job=work.assign.job, task=work.assign.name, error=str(error))
+        for run in runs:
+            if isinstance(error, JobError):
+                desk.fail(run, "job", f"{run.item.site}: {error}")
+            elif isinstance(error, LinkError):
+                desk.link.send(Decline((run.ref,), f"not prepared: {error}"[:1000], _DECLINE_S))
+                desk.end(run)
+            else:  # a try that counts: what is missing or damaged may be so for ever
+                desk.fail(run, "site_error", f"{run.item.site} cannot prepare the task: {error!r}", retryable=True)
+
+    def ended_jobs(self, jobs: list[str]) -> list[str]:
+        """Those of these jobs that are over, as the broker says. In a pool thread.
+
+        A Cancel that ends a job is not repeated, and an executor that was away may have missed it.
+        """
+        link = self._desk.link
+        ended: list[str] = []
+        for job in jobs:
+            try:
+                answer, tail = link.request(Ask(link.next_ref(), "job", JobId(job)), timeout_s=_ASK_S)
+            except FaultError as fault:
+                if fault.code == "unknown_job":
+                    ended.append(job)
+                continue
+            except FedloomError:
+                break  # the link is gone: the next Welcome asks again
+            if isinstance(answer, Answer):
+                data = unpack(tail, max_bytes=_MAX_ANSWER_BYTES) if len(tail) else answer.data
+                if str(data.get("status", "")).startswith("FINISHED"):
+                    ended.append(job)
+        return ended

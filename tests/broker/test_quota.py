@@ -1,0 +1,202 @@
+"""The spool's quota: uploads wait, a round's own payloads have their reserve, a job that cannot fit is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fedloom.serialization.messages import (
+    Abort,
+    Answer,
+    Ask,
+    Checkpoint,
+    Claimed,
+    ClaimJob,
+    Commit,
+    Done,
+    DoneItem,
+    EndJob,
+    Fault,
+    Grant,
+    PayloadId,
+    PayloadRef,
+    Put,
+    Receipt,
+    Stored,
+    SubmitJob,
+)
+
+MODEL = 1_000_000
+
+
+class Spooled:
+    """A world with a quota, whose data process is played: payloads are files of the right length."""
+
+    def __init__(self, world: Any) -> None:
+        self.world = world
+        self.streams = 0
+
+    def ask(self, size: int, name: str, **owner: Any) -> Any:
+        """What control answers to the data process's question."""
+        self.streams += 1
+        stream = f"{self.streams:032x}"
+        (answer,) = self.world.data(Put(PayloadRef(PayloadId(name), size), stream, **owner))
+        return answer
+
+    def land(self, size: int, name: str, **owner: Any) -> PayloadRef:
+        """Admitted, and then whole."""
+        answer = self.ask(size, name, **owner)
+        assert isinstance(answer, Grant), answer
+        path = self.world.core.state.spool.path(name)
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(size)
+        ref = PayloadRef(PayloadId(name), size)
+        assert self.world.data(Put(ref, answer.stream, local="landed", **owner)) == [Stored(answer.stream, payload=ref)]
+        return ref
+
+    def spool(self) -> dict[str, int]:
+        client = self.world.client()
+        client.send(Ask(1, "broker"))
+        return client.one(Answer).data["spool"]
+
+
+@pytest.fixture(name="make")
+def make_fixture(tools: Any, tmp_path: Path) -> Iterator[Callable[[int], Spooled]]:
+    made: list[Any] = []
+
+    def make(quota_bytes: int) -> Spooled:
+        world = tools.World(tmp_path / f"store{len(made)}", quota_bytes=quota_bytes)
+        made.append(world)
+        return Spooled(world)
+
+    yield make
+    for world in made:
+        world.journal.close()
+
+
+def opened(one: Spooled, tools: Any, sites: int) -> tuple[Any, Any, list[Any], str]:
+    """A job with a model and an open gather: the job, its pool, the tasks, the gather."""
+    job = one.world.job()
+    owner = {"job": job.hello.job, "claim": 1}
+    model = one.land(MODEL, "b3-model", **owner)
+    pool = one.world.executor(*(f"site-{i}" for i in range(sites)), node="pool/p")
+    job.send(*tools.opening(job, sites=pool.sites, min_clients=sites, payload=model))
+    return job, pool, tools.work(pool), job.one(Receipt).gather
+
+
+def test_uploads_wait_for_a_checkpoint_and_nothing_is_lost(make: Callable[[int], Spooled], tools: Any) -> None:
+    one = make(14 * MODEL)
+    world = one.world
+    job, pool, tasks, gather = opened(one, tools, 20)
+    jid = job.hello.job
+    todo = list(tasks)
+    covered = waited = checkpoints = 0
+    while todo:
+        assign, ref, site = todo[0]
+        name = f"r-{ref.task}.{ref.attempt}"
+        answer = one.ask(MODEL, name, job=jid, task=ref.task, attempt=1)
+        if isinstance(answer, Abort):
+            assert answer.code == "quota" and answer.retry_after_s > 0
+            waited += 1
+            spool = one.spool()
+            assert spool["used_bytes"] + spool["coming_bytes"] <= spool["quota_bytes"]
+            # uploads have all they may have: the job's reserve is still there, for an int64 checkpoint twice the model
+            checkpoints += 1
+            name = f"p-{checkpoints}"
+            checkpoint = one.land(2 * MODEL, name, job=jid, claim=1)
+            covered = 20 - len(todo)
+            job.send(Checkpoint(job.ref(), jid, 1, gather, checkpoint, covered))
+            assert job.one(Answer).data == {"covered": covered}
+            assert checkpoints < 20
+            continue
+        todo.pop(0)
+        payload = one.land(MODEL, name, job=jid, task=ref.task, attempt=1)
+        pool.send(Done(assign.job, gather, (DoneItem(ref.task, 1, site, payload),)))
+        assert pool.one(Stored).tasks == (ref,)
+    assert waited >= 2 and job.take(Receipt)[-1].results == 20
+    new = one.land(MODEL, "b3-next", job=jid, claim=1)
+    job.send(Commit(job.ref(), jid, 1, 0, model=new))
+    job.one(Answer)
+    spool = one.spool()
+    assert spool["used_bytes"] - MODEL < 100 and not spool["coming_bytes"] and spool["waits"] == waited
+    assert spool["reserved_bytes"] == 5 * MODEL
+    world.restart()
+    assert one.spool()["used_bytes"] == spool["used_bytes"]
+
+
+def test_what_is_coming_counts_until_it_lands_or_is_not_wanted(make: Callable[[int], Spooled], tools: Any) -> None:
+    one = make(13 * MODEL)
+    job, pool, tasks, _ = opened(one, tools, 2)
+    (_, first, _), (_, second, _) = tasks
+    room = 13 - 1 - 5  # less the model and the reserve
+    answer = one.ask(room * MODEL - 100_000, f"r-{first.task}.1", job=job.hello.job, task=first.task, attempt=1)
+    assert isinstance(answer, Grant)
+    again = one.ask(room * MODEL - 100_000, f"r-{first.task}.1", job=job.hello.job, task=first.task, attempt=1)
+    assert isinstance(again, Grant), "a repeated question takes nothing more"
+    wanted = {"job": job.hello.job, "task": second.task, "attempt": 1}
+    assert one.ask(MODEL, f"r-{second.task}.1", **wanted).code == "quota"
+    pool.connect(held=(second,))  # the first is given out again: what came of it is not wanted
+    assert isinstance(one.ask(MODEL, f"r-{second.task}.1", **wanted), Grant)
+
+
+def test_an_upload_that_nobody_goes_on_with_gives_its_room_back(make: Callable[[int], Spooled]) -> None:
+    one = make(10 * MODEL)
+    assert isinstance(one.ask(9 * MODEL, "b3-a"), Grant)
+    assert one.ask(9 * MODEL, "b3-b").code == "quota"
+    one.world.pass_time(700, step=20)
+    assert isinstance(one.ask(9 * MODEL, "b3-b"), Grant)
+
+
+def test_a_job_that_cannot_fit_is_refused_with_the_figures(make: Callable[[int], Spooled]) -> None:
+    one = make(10 * MODEL)
+    client = one.world.client()
+    archive = client.put(b"archive")
+    client.send(SubmitJob(client.ref(), "t", "x", archive, meta={"model_bytes": MODEL}))
+    fault = client.one(Fault)
+    assert fault.code == "quota"
+    assert all(str(n) in fault.text for n in (MODEL, 12 * MODEL + archive.size, 10 * MODEL))
+    client.send(SubmitJob(client.ref(), "t", "x", archive, meta={"model_bytes": MODEL // 2}))
+    client.one(Answer)
+    # a job that did not say how large its model is learns it when it puts it
+    job = one.world.job("other")
+    answer = one.ask(MODEL, "b3-model", job=job.hello.job, claim=1)
+    assert (answer.code, answer.retry_after_s) == ("quota", 0.0) and str(10 * MODEL) in answer.reason
+
+
+def test_a_second_job_starts_when_the_first_has_left_room(make: Callable[[int], Spooled], tools: Any) -> None:
+    one = make(15 * MODEL)
+    first, *_ = opened(one, tools, 1)
+    second = one.world.job("second")
+    owner = {"job": second.hello.job, "claim": 1}
+    answer = one.ask(MODEL, "b3-other", **owner)
+    assert answer.code == "quota" and answer.retry_after_s > 0
+    first.send(EndJob(first.ref(), first.hello.job, 1, "FINISHED:COMPLETED"))
+    first.one(Answer)
+    assert isinstance(one.ask(MODEL, "b3-other", **owner), Grant)
+
+
+def test_small_payloads_of_clients_are_bounded_too(make: Callable[[int], Spooled]) -> None:
+    one = make(100_000)
+    client = one.world.client()
+    for n in range(3):
+        client.put(bytes([n]) * 32_000)
+    with pytest.raises(AssertionError):
+        client.put(b"x" * 32_000)
+    assert client.one(Fault).code == "quota"
+
+
+def test_without_a_quota_all_may_come(make: Callable[[int], Spooled]) -> None:
+    one = make(0)
+    assert isinstance(one.ask(1 << 50, "b3-a"), Grant)
+    assert one.spool()["quota_bytes"] == 0
+
+
+def test_the_question_of_a_controller_is_answered_while_the_spool_is_full(make: Callable[[int], Spooled]) -> None:
+    one = make(1000)
+    one.ask(1000, "b3-a")
+    controller = one.world.peer("controller", "controller/a")
+    controller.send(ClaimJob(1))
+    assert not controller.take(Claimed) and not controller.take(Fault)
