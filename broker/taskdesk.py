@@ -13,6 +13,7 @@ from ..serialization.messages import (
     Decline,
     Done,
     Fail,
+    GatherId,
     JobId,
     PayloadId,
     Progress,
@@ -172,7 +173,7 @@ class TaskDesk:
 
     def _give(self, session: Session, tasks: list[Task]) -> int:
         """Send freshly leased tasks; the number of messages."""
-        by_gather: defaultdict[str, list[Task]] = defaultdict(list)
+        by_gather: defaultdict[GatherId, list[Task]] = defaultdict(list)
         for task in tasks:
             by_gather[task.gather].append(task)
             if task.attempt > 1:  # what an attempt before this one has uploaded will never be settled

@@ -154,7 +154,7 @@ class _Run:
         token = secrets.token_hex(8)
         link = Link(pipeline.endpoint, Hello(node=f"client/{token}", role="client", boot=secrets.token_hex(16)))
         stack.callback(self._shield.run, link.close)
-        # the broker is ready, so this takes milliseconds; a death may close the link only then: `start` would not see it
+        # the broker is ready, so this takes milliseconds. A death may close the link only then: `start` does not see it
         with _deaths_told(pipeline):
             link.start(_CONNECT_S)
         ended = threading.Thread(target=self._close_on_death, args=(link,), name="fedloom-sim-deaths", daemon=True)

@@ -379,7 +379,7 @@ def test_broker_that_stays_away(own_broker: Broker, connect: Any) -> None:
     with pytest.raises(FaultError, match="no broker") as caught:
         link.request(Ask(link.next_ref(), "jobs"), timeout_s=60)
     assert caught.value.code == "gone"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
     assert got
     assert isinstance(got[-1], Fault)
     eventually(lambda: link.state == "closed")
