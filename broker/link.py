@@ -127,6 +127,8 @@ class Link:
             if self.fatal:
                 self.close()
                 raise self.fatal
+            if self._shared.closing.is_set():
+                raise LinkError(f"the link to {self.endpoint} was closed while it connected")
             if time.monotonic() >= deadline:
                 self.close()
                 raise LinkTimeout(

@@ -5,17 +5,20 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from ..broker.link import Link, fault_error
+from ..serialization.codec import unpack
 from ..serialization.digest import digest_buffers
-from ..serialization.envelope import Buffer
+from ..serialization.envelope import MAX_TAIL_BYTES, Buffer
 from ..serialization.errors import FaultError, JobError, LinkError
 from ..serialization.jobspec import JobSpec
 from ..serialization.messages import (
+    Ask,
     Cancel,
     Checkpoint,
     Claimed,
@@ -79,6 +82,13 @@ class Federation:
     def site_count(self) -> int:
         """How many sites the job names; 0 if it takes whoever is connected."""
         return len(self._sites)
+
+    @cached_property
+    def quota_bytes(self) -> int:
+        """What the broker's spool may hold; 0 where it has no bound."""
+        answer, tail = self.link.request(Ask(self.link.next_ref(), "broker"))
+        data = unpack(tail, max_bytes=MAX_TAIL_BYTES) if len(tail) else getattr(answer, "data", {})
+        return int(data["spool"]["quota_bytes"])
 
     # ------------------------------------------------------------ models and rounds
 

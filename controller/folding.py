@@ -29,9 +29,11 @@ from .records import RoundRecord
 
 log = structlog.get_logger(__name__)
 
-#: A round's results pass a checkpoint when their payloads since the last one are larger than this and than four models.
+#: Payload bytes between checkpoints of a round, where the broker names no quota; never less than four models.
 CHECKPOINT_BYTES = 1 << 30
 _MODELS_A_CHECKPOINT = 4
+#: A round's results may take this part of the spool, so that a few jobs beside each other do not fill it.
+_QUOTA_SHARE = 8
 _MAX_REFOLDS = 4
 
 
@@ -60,7 +62,8 @@ class Folding:
         self._covered = 0
         self._since_checkpoint = 0
         model_bytes = gather.opening.payload.size if gather.opening.payload else 0
-        self._checkpoint_bytes = checkpoint_bytes or max(CHECKPOINT_BYTES, _MODELS_A_CHECKPOINT * model_bytes)
+        share = fed.quota_bytes // _QUOTA_SHARE or CHECKPOINT_BYTES
+        self._checkpoint_bytes = checkpoint_bytes or max(share, _MODELS_A_CHECKPOINT * model_bytes)
 
     def run(self) -> Aggregate:
         """Fold the gather's results as they arrive; the aggregate can be finished when this returns.

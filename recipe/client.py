@@ -172,10 +172,9 @@ class JobClient:
         job = Path(job).expanduser()
         with tempfile.TemporaryDirectory(prefix="fedloom-submit-") as temporary:
             archive = job
-            if job.is_file():
-                spec = JobSpec.load(_only_folder(job, Path(temporary) / "job"))
-            else:
-                spec = JobSpec.load(job)
+            folder = _only_folder(job, Path(temporary) / "job") if job.is_file() else job
+            spec = JobSpec.load(folder)
+            if not job.is_file():
                 archive = Path(temporary) / "job.tar"
                 with archive.open("wb") as file:
                     write_archive(job, file)
@@ -194,6 +193,7 @@ class JobClient:
                         "rounds": spec.num_rounds,
                         "seed": spec.seed,
                         "sites": list(spec.sites or ()),
+                        "model_bytes": _model_bytes(spec, folder),
                     },
                 )
             )
@@ -309,6 +309,13 @@ class JobClient:
             if not items or following <= after:  # the last page, or a broker that gives all at once
                 return
             after = following
+
+
+def _model_bytes(spec: JobSpec, folder: Path) -> int:
+    """The initial model's size, by which the broker sees whether the job fits into its spool; 0 if there is none."""
+    names = [component.args.get("initial_model") for component in spec.workflows]
+    paths = [spec.app_dir(folder) / name for name in names if isinstance(name, str)]
+    return max((path.stat().st_size for path in paths if path.is_file()), default=0)
 
 
 def _only_folder(archive: Path, dest: Path) -> Path:

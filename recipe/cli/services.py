@@ -30,6 +30,9 @@ def broker(
     durability: Annotated[
         str, typer.Option("--durability", metavar="MODE", help="power: survives a power cut; process: only a kill.")
     ] = "power",
+    quota_bytes: Annotated[
+        int, typer.Option("--quota-bytes", metavar="N", min=0, help="The store's bound; default 80% of the free disk.")
+    ] = 0,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow other machines to connect, although nothing is encrypted.")
     ] = False,
@@ -53,6 +56,7 @@ def broker(
             advertise=advertise or "",
             durability="power" if durability == "power" else "process",
             insecure=insecure,
+            quota_bytes=quota_bytes,
         )
     )
 
