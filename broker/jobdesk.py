@@ -80,7 +80,7 @@ class JobDesk:
                 raise FaultError("forbidden", f"this process runs job {session.hello.job}, not {job.id}")
             state.reply(session, claimed(job, message.ref))
         elif message.lost:
-            job = state.jobs.lost(message.job, message.claim, message.lost, now)
+            job = state.jobs.lost(message.job, message.claim, message.lost, now, stopped=message.stopped)
             state.event(job.id, "process_lost", now, text=message.lost, data={"claim": message.claim})
             if job.ended:
                 self.finished(job, now)

@@ -17,6 +17,7 @@ from ..serialization.messages import Commit, CommitRef, JobId, PayloadRef, Submi
 __all__ = ["CRASHES_MAX", "Job", "Jobs"]
 
 CRASHES_MAX = 5
+_STOPPED_S = 1.0
 _RESTART_S = 0.25
 _RESTART_MAX_S = 10.0
 
@@ -147,8 +148,10 @@ class Jobs:
             return True
         return job.status == "RUNNING" and job.lapsed and now >= job.available_at
 
-    def lost(self, job_id: str, claim: int, text: str, now: float) -> Job:
-        """A controller says that its job process died. The fifth time since the last commit fails the job.
+    def lost(self, job_id: str, claim: int, text: str, now: float, *, stopped: bool = False) -> Job:
+        """A controller says that its job process died: the fifth time since the last commit fails the job.
+
+        With ``stopped`` its controller has ended it: that is no fault of the job's.
 
         Raises:
             FaultError: ``unknown_job``.
@@ -156,10 +159,12 @@ class Jobs:
         job = self.get(job_id)
         if job.ended or claim != job.claim or job.lapsed:
             return job
-        job.crashes += 1
+        job.crashes += not stopped
         job.lapsed, job.live = True, False
         self._touch(job)
-        if job.crashes >= CRASHES_MAX:
+        if stopped:
+            job.available_at = now + _STOPPED_S  # its controller still has a claim open: its Bye comes first
+        elif job.crashes >= CRASHES_MAX:
             at = "its first round" if job.commit is None else f"the round after {job.commit.round}"
             self.finish(job, "FINISHED:FAILED", f"its process died {job.crashes} times in {at}; the last: {text}", now)
         else:

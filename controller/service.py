@@ -162,8 +162,8 @@ class Controller:
             if code != job_process.ENDED and code != job_process.FENCED:
                 self._give_back(job, claim, f"its process ended with {_exit_text(code)}")
 
-    def _give_back(self, job: str, claim: int, reason: str) -> None:
-        message = ClaimJob(self.link.next_ref(), JobId(job), claim, reason)
+    def _give_back(self, job: str, claim: int, reason: str, *, stopped: bool = False) -> None:
+        message = ClaimJob(self.link.next_ref(), JobId(job), claim, reason, stopped)
         self._owed[message.ref] = message
         self.link.send(message)
 
@@ -175,7 +175,7 @@ class Controller:
         for job, (process, claim) in self._running.items():
             while process.poll() is None and time.monotonic() < deadline:
                 pause.wait(0.01)
-            self._give_back(job, claim, "its controller was stopped")
+            self._give_back(job, claim, "its controller was stopped", stopped=True)
         self._running.clear()
         self.link.close("the controller stops")
 

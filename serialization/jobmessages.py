@@ -27,13 +27,17 @@ class SubmitJob:
 
 @dataclass(frozen=True, slots=True)
 class ClaimJob:
-    """controller -> broker: give me a job; or with ``job`` and ``lost``: its process died, give it out again."""
+    """controller -> broker: give me a job; or with ``job`` and ``lost``: its process died, give it out again.
+
+    ``stopped``: it did not die by itself, its controller was told to stop: not one of the crashes that fail a job.
+    """
 
     KIND: ClassVar[int] = 51
     ref: Count
     job: JobKey = NO_JOB
     claim: Count = 0
     lost: Text = ""
+    stopped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

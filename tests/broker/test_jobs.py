@@ -128,6 +128,16 @@ def test_the_fifth_crash_without_a_commit_fails_the_job() -> None:
     assert jobs.claim("controller/a", "boot", 10, now + 100) is None
 
 
+def test_a_controller_that_is_told_to_stop_is_no_crash() -> None:
+    jobs = Jobs()
+    job = submitted(jobs)
+    for n in range(1, 2 * CRASHES_MAX):
+        claimed(jobs, 10.0 * n, ref=n)
+        jobs.lost(job.id, n, "its controller was stopped", 10.0 * n, stopped=True)
+        assert job.crashes == 0 and job.available_at == 10.0 * n + 1
+    assert job.status == "RUNNING"
+
+
 def test_a_lost_process_is_restarted_with_a_growing_pause() -> None:
     jobs = Jobs()
     job = submitted(jobs)

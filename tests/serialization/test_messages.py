@@ -136,7 +136,7 @@ SAMPLES: list[tuple[m.Message, bytes]] = [
     (m.Stored(STREAM, 9, MODEL, (ONE,), (m.Refusal(TASK, 1, "stale", "attempt 2 is current", True),)), b""),
     (m.Abort(STREAM, "quota", "site-1 is over its quota", 10.0), b""),
     (m.SubmitJob(11, "token", "digits", BLOB, JOB, {"sites": ["site-1"]}), b""),
-    (m.ClaimJob(12, JOB, 2, "exit code 1"), b""),
+    (m.ClaimJob(12, JOB, 2, "its controller was stopped", True), b""),
     (m.Claimed(12, JOB, 3, "digits", BLOB, {"rounds": 5}, m.CommitRef(2, MODEL, BLOB, MODEL, {"round": 2})), b""),
     (m.Checkpoint(13, JOB, 3, GATHER, MODEL, 100), b""),
     (m.Commit(14, JOB, 3, 4, MODEL, BLOB, True, MODEL, {"metrics": {"acc": 0.9}}), b""),
