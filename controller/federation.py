@@ -115,6 +115,11 @@ class Federation:
             raise JobError(f"the job's initial model {initial} is not in its app folder")
         return decode_model(path, framework="numpy")
 
+    def mapped(self, ref: PayloadRef) -> FLModel | None:
+        """A stored model as a mapping of its file, which is no memory of this process's own; None if it is remote."""
+        path = self.local_path(ref)
+        return None if path is None else decode_model(path, framework="numpy")
+
     def put_model(self, model: FLModel) -> PayloadRef:
         """Store a model at the broker, addressed by its content; what is there already is hashed, not sent."""
         encoded = encode_model(model)

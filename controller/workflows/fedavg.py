@@ -113,6 +113,9 @@ class FedAvg(Workflow):
                     gather, scored, weight_sum=float(fold.weight_sum), equal_weights=fold.equal_weights, best=best
                 ),
             )
+            # one aggregate in memory, not two, and the model as pages of its file where that can be mapped
+            del fold
+            model = fed.mapped(model_ref) or model
 
 
 class _Memory:
