@@ -1,1 +1,1 @@
-"""TODO."""
+"""The server's side of algorithms, one file each."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import gettempdir
 
 import numpy as np
-from fedloom.executor.function import Executor, FLModel, TaskContext
+from fedloom.executor import Executor, FLModel, TaskContext
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
