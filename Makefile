@@ -17,8 +17,8 @@ demo: venv  ## a federated model, trained on real digits through the whole pipel
 test: venv  ## everything, processes and kill -9 included
 	$(BIN)/python -m pytest
 
-test-fast: venv  ## the tiers that start no processes: seconds
-	$(BIN)/python -m pytest -m "not process and not gpu"
+test-fast: venv  ## the tiers that start no processes, on two cores: under a minute
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not process and not gpu"
 
 check: venv  ## lint, format, types, and which package may import which
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import structlog
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Every process that a test starts, and whatever those start, has this in its environment: no orphan escapes.
@@ -49,6 +50,13 @@ def eventually(check: Callable[[], object], timeout_s: float = 20.0, what: str =
         if time.monotonic() >= deadline:
             raise AssertionError(f"not within {timeout_s:g} s: {what or check}")
         pause.wait(0.05)
+
+
+@pytest.fixture(autouse=True)
+def _default_logging() -> Iterator[None]:
+    """What a command sets up for its process must not reach the next test."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture
