@@ -83,6 +83,7 @@ def test_wrong_use_is_2_and_one_clear_line(tmp_path: Path, args: list[str], text
     assert done.stdout == ""
 
 
+@pytest.mark.process
 def test_a_broker_that_is_not_there_is_3(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/none"
     for args in (["status", "x"], ["list", "--json"], ["abort", "x"], ["logs", "x"], ["download", "x"], ["wait", "x"]):

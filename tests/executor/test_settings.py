@@ -67,6 +67,7 @@ def test_seeds_are_the_tasks_and_the_same_everywhere():
     assert draws[0] == draws[1]
 
 
+@pytest.mark.process
 def test_the_service_waits_for_a_broker_and_for_its_own_past_life(broker, tmp_path):
     (tmp_path / ".lock").write_text("4711\n")  # it was killed
     stop = threading.Event()

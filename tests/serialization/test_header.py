@@ -252,6 +252,7 @@ def test_metadata_is_text(metadata: Any) -> None:
     refused({"__metadata__": metadata}, "__metadata__")
 
 
+@pytest.mark.process
 def test_too_many_tensors() -> None:
     one = json.dumps(entry(shape=[0], offsets=[0, 0]), separators=(",", ":"))
     refused(raw("{" + ",".join(f'"{i:x}":{one}' for i in range(MAX_TENSORS + 1)) + "}"), "200001 tensors")

@@ -168,6 +168,7 @@ def test_gaps_are_answered_with_the_watermark(world: Any) -> None:
     assert sent == ChunkPlan(len(BODY), 64 * KIB).count
 
 
+@pytest.mark.process
 def test_a_stalled_stream_is_aborted(world: Any) -> None:
     world.data(stall_s=1.2)
     peer = world.peer()
@@ -228,6 +229,7 @@ def test_an_ended_session_is_told(world: Any) -> None:
     assert peer.expect(Fault).code == "session"
 
 
+@pytest.mark.process
 def test_control_that_is_slow_to_answer_is_asked_again(world: Any) -> None:
     world.data()
     world.control.answer = lambda put: None if len(world.control.questions) == 1 else world.control.admit(put)
