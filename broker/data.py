@@ -8,7 +8,6 @@ a thread, all that are ready at once, since a sync of gigabytes takes seconds th
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
@@ -30,6 +29,7 @@ import zmq
 from ..serialization.envelope import Buffer
 from ..serialization.errors import FedloomError, StorageError, WireError
 from ..serialization.messages import decode, encode
+from ..serialization.processes import die_with_parent, setup_logging
 from .datasync import Epochs, Syncer
 from .sockets import bind, connect, make_context, make_socket
 from .spool import Durability, Spool
@@ -50,7 +50,6 @@ _WORK_CHUNKS = 16
 _TICK_S = 0.05
 _SWEEP_S = 600.0
 _MAX_ERRORS = 100
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,9 +291,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(args) != 1:
         sys.stderr.write("usage: python -m fedloom.broker.data JSON\n")
         return 2
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    # as its control process logs, which passes its command line's wishes on in the environment
+    setup_logging(os.environ.get("FEDLOOM_LOG_LEVEL", "info"), os.environ.get("FEDLOOM_LOG_FORMAT") == "json")
     config = DataConfig.from_json(args[0])
-    _die_with_parent()
+    die_with_parent()
     if config.parent and os.getppid() != config.parent:
         return 0  # it was gone before we could ask for the signal
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -320,12 +320,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("data_failed", error=str(error))
         return 3
     return 0
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to kill this process when the thread that started it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 if __name__ == "__main__":
