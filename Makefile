@@ -18,7 +18,7 @@ test: venv  ## everything, processes and kill -9 included
 	$(BIN)/python -m pytest
 
 test-fast: venv  ## the tiers that start no processes, on two cores: under a minute
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not process and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not process and not gpu and not proof"
 
 check: venv  ## lint, format, types, and which package may import which
 	$(BIN)/ruff check .
