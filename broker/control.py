@@ -17,7 +17,7 @@ from typing import Literal
 import structlog
 import zmq
 
-from ..serialization.envelope import MAX_TAIL_BYTES
+from ..serialization.envelope import MAX_TAIL_BYTES, Buffer
 from ..serialization.errors import CodecError, StorageError, WireError
 from ..serialization.messages import Ask, Bye, Fault, Get, Message, Packet, Ping, Progress, decode, encode
 from .core import ControlCore
@@ -252,9 +252,9 @@ class ControlLoop:
     def _answer_failed(self, peer: bytes, packet: Packet, error: Exception) -> None:
         """Whoever waits for an answer gets one; and no half of a change is ever committed."""
         text = f"the broker failed at this {type(packet.message).__name__}: {error!r}"
-        fault = Fault("internal", text[:4096], getattr(packet.message, "ref", 0), packet.sequence)
-        self._sequence += 1
-        self._put_out(peer, fault, b"", self._sequence)
+        self._put_out(
+            peer, self._frames(Fault("internal", text[:4096], getattr(packet.message, "ref", 0), packet.sequence))
+        )
         if not (isinstance(packet.message, _READS) and getattr(packet.message, "what", "") != "abort"):
             self._start_over()
 
@@ -270,8 +270,7 @@ class ControlLoop:
         settings = self.core.state.settings
         self.core = ControlCore(settings, self._journal, self._spool, secrets.token_hex(8), self._clock.now())
         for peer in peers:
-            self._sequence += 1
-            self._put_out(peer, Fault("session", "the broker started over: say Hello again"), b"", self._sequence)
+            self._put_out(peer, self._frames(Fault("session", "the broker started over: say Hello again")))
 
     def _failed(self, kind: str) -> None:
         self._errors += 1
@@ -284,8 +283,7 @@ class ControlLoop:
     def _send_all(self) -> None:
         core = self.core
         for peer, message, tail in core.loose:
-            self._sequence += 1
-            self._put_out(peer, message, tail, self._sequence)
+            self._put_out(peer, self._frames(message, tail))
         core.loose.clear()
         sessions = core.state.sessions
         for session_id in list(sessions.ready):
@@ -300,8 +298,9 @@ class ControlLoop:
         """Send what the peer's pipe takes; whether the outbox is empty."""
         while session.outbox:
             outgoing = session.pop()
-            session.sequence += 1
-            sent = self._put_out(session.peer, *outgoing, session.sequence)
+            frames = self._frames(*outgoing, session.sequence + 1)
+            sent = self._put_out(session.peer, frames)
+            session.sequence += bool(sent and frames)  # the peer takes a missing number for a lost message
             if sent is None:
                 session.unpop(outgoing)
                 return False
@@ -311,18 +310,23 @@ class ControlLoop:
                 return True
         return True
 
-    def _put_out(self, peer: bytes, message: Message, tail: bytes, sequence: int) -> bool | None:
-        """Hand a message to the socket: True sent, None full, False gone."""
+    def _frames(self, message: Message, tail: bytes = b"", sequence: int = 0) -> list[Buffer]:
+        """The frames of a message; numbered within a session only. Nothing where no peer could take it."""
         try:
             if len(tail) > MAX_TAIL_BYTES:  # the peer would cut the connection, and ask again
                 raise CodecError(f"{type(message).__name__} with a tail of {len(tail)} bytes; at most {MAX_TAIL_BYTES}")
-            frames = encode(message, tail, sequence)
+            return encode(message, tail, sequence)
         except CodecError as error:
             log.error("message_too_large", kind=type(message).__name__, error=str(error))
             ref = getattr(message, "ref", 0)
             if isinstance(message, Fault) or not ref:
-                return True
-            frames = encode(Fault("too_large", str(error), ref), sequence=sequence)
+                return []
+            return encode(Fault("too_large", str(error), ref), sequence=sequence)
+
+    def _put_out(self, peer: bytes, frames: list[Buffer]) -> bool | None:
+        """Hand a message to the socket: True sent, None full, False gone."""
+        if not frames:
+            return True
         try:
             self._peers.send_multipart([peer, *frames], zmq.DONTWAIT)
         except zmq.Again:
@@ -353,4 +357,4 @@ class ControlLoop:
         """Peers that are told connect anew at once when the broker is back, rather than after ``dead_s``."""
         for session in self.core.state.sessions.by_id.values():
             session.sequence += 1
-            self._put_out(session.peer, Bye("the broker stops"), b"", session.sequence)
+            self._put_out(session.peer, self._frames(Bye("the broker stops"), sequence=session.sequence))

@@ -130,12 +130,14 @@ class ControlCore:
         if session is not None:
             self.state.sessions.heard(session, now)
             self.state.ledger.renew(session.node, now)
+            if not isinstance(message, Hello) and not self._in_order(session, packet.sequence, now):
+                return
         target = session or peer
         # a session fault is about the link, not about the request: that is repeated in the next session
         ref = cast("int", getattr(message, "ref", 0)) if session is not None else 0
         try:
             if isinstance(message, Hello):
-                self._hello(peer, message, bytes(packet.tail), now)
+                self._hello(peer, message, bytes(packet.tail), now, packet.sequence)
             elif session is None:
                 raise FaultError("session", f"{type(message).__name__} without a session: say Hello first")
             else:
@@ -146,6 +148,17 @@ class ControlCore:
             self.state.fault(target, error, ref, packet.sequence, fatal=error.code in ("name_taken", "unknown_claim"))
         except WireError as error:
             self._strike(target, error, ref, packet.sequence, now)
+
+    def _in_order(self, session: Session, sequence: int, now: float) -> bool:
+        missing = session.in_order(sequence)
+        if missing < 0:
+            self.state.counters["repeated"] += 1
+        elif missing:
+            log.warning("messages_lost", node=session.node, count=missing)
+            self.state.fault(session.peer, FaultError("session", f"{missing} messages were lost: say Hello again"))
+            self.state.sessions.detach(session, now)
+            self.streams.drop(session)
+        return not missing
 
     def malformed(self, peer: bytes, error: WireError, now: float) -> None:
         """Frames that are no message."""
@@ -216,7 +229,7 @@ class ControlCore:
 
     # ------------------------------------------------------------ sessions
 
-    def _hello(self, peer: bytes, hello: Hello, tail: bytes, now: float) -> None:
+    def _hello(self, peer: bytes, hello: Hello, tail: bytes, now: float, sequence: int = 0) -> None:
         sites, held = names_in(tail, "sites"), _held(tail)  # before anything is changed
         if hello.role == _JOB:
             self.state.jobs.check(hello.job, hello.claim)
@@ -224,6 +237,7 @@ class ControlCore:
         session = arrival.session
         if session is None:
             return  # a rival may be dying: decided in tick
+        session.heard_sequence = sequence
         for old in arrival.ended:
             if old.node == session.node and old.role == session.role == _EXECUTOR:
                 self._tell_ended(old)  # its leases go to the new boot, or back, with what that holds

@@ -17,7 +17,7 @@ import zmq
 from ..serialization.codec import CodecError, pack, unpack
 from ..serialization.envelope import Buffer, pack_envelope
 from ..serialization.errors import FaultError, LinkError, WireError
-from ..serialization.messages import Bye, Fault, Message, Ping, Welcome, decode, encode
+from ..serialization.messages import Bye, Fault, Message, Packet, Ping, Welcome, decode, encode
 from .linkstate import LinkState, LocalSpool, Outgoing, Request
 from .sockets import connect, make_socket, resolve_data_endpoint
 
@@ -33,8 +33,8 @@ _DATA_HELLO_S = 2.5
 _DATA_PING_S = 1.0
 #: A request without an answer for so long, while the broker speaks, is said again: no request may wait for ever.
 _REPEAT_S = 10.0
-#: So many messages that cannot be read are another protocol, not an accident.
-_MAX_UNREADABLE = 8
+#: A sequence number that is so far ahead, modulo 2^32, is behind.
+_BEHIND = 1 << 31
 
 
 class Session:
@@ -52,6 +52,7 @@ class Session:
         self.welcomed = False
         self.poller = zmq.Poller()
         self.unsent: deque[list[Buffer]] = deque()
+        self.expected = 0  # the sequence number of the broker's next message, from Welcome on
         self.heard_at = time.monotonic()
         self.pinged_at = self.heard_at
         self.data_hello_at = 0.0  # when it is due (again)
@@ -124,12 +125,31 @@ class Session:
             except WireError as error:
                 self._unreadable(frames, error)
                 continue
+            if not self._in_order(packet):
+                continue
             if isinstance(packet.message, Welcome):
                 self._welcome(packet.message)
             elif isinstance(packet.message, Bye):
                 raise LinkError(f"the broker said goodbye: {packet.message.reason or 'it stops'}")
             else:
                 self.link.deliver(packet.message, packet.tail)
+
+    def _in_order(self, packet: Packet) -> bool:
+        """Whether a message is the next one; a repeated one is passed over.
+
+        Raises:
+            LinkError: the one before it is missing: only a new connection brings back what was lost.
+        """
+        if not packet.sequence:  # not numbered: no answer to anything of this session's
+            return True
+        ahead = (packet.sequence - self.expected) & 0xFFFFFFFF if self.welcomed else 0
+        if ahead > _BEHIND:
+            log.warning("message_repeated", endpoint=self.link.endpoint, kind=type(packet.message).__name__)
+            return False
+        if ahead:
+            raise LinkError(f"{ahead} messages of the broker's were lost on the way")
+        self.expected = packet.sequence + 1
+        return True
 
     def _unreadable(self, frames: list[bytes], error: WireError) -> None:
         """A message that cannot be read: whoever waits for it is told, since asking again would bring the same."""
@@ -140,10 +160,8 @@ class Session:
         if request is not None:
             request.fail(refused)
             return
-        link.unreadable += 1
-        log.error("message_unreadable", endpoint=link.endpoint, count=link.unreadable, reason=str(error))
-        if link.unreadable >= _MAX_UNREADABLE:
-            link.give_up(refused)
+        log.error("message_unreadable", endpoint=link.endpoint, reason=str(error))
+        link.note_unreadable(refused)
         raise LinkError(f"a message of the broker's cannot be read: {error}")
 
     def _welcome(self, welcome: Welcome) -> None:
@@ -167,8 +185,8 @@ class Session:
     def _queue_encoded(self, outgoing: Outgoing) -> None:
         link = self.link
         link.sequence += 1
-        frames = outgoing.frames
-        self.unsent.append([pack_envelope(outgoing.kind, link.sequence, frames[1]), *frames[1:]])
+        _, *rest = outgoing.frames
+        self.unsent.append([pack_envelope(outgoing.kind, link.sequence, *rest), *rest])
 
     def _drain_outbox(self) -> None:
         outbox = self.link.outbox

@@ -29,6 +29,9 @@ _FAULTS: dict[str, type[FaultError]] = {"fenced": FencedError, "nondeterministic
 _RETRYABLE_FAULTS = frozenset({"session"})  # the broker restarted and does not know us: say Hello again
 _NOT_THE_LINKS = frozenset({"nondeterministic"})  # the job's end, which its process has yet to tell
 _OUTBOX = 65536
+#: So many messages that cannot be read within so long are another protocol, not an accident.
+_MAX_UNREADABLE = 8
+_UNREADABLE_S = 60.0
 _ANSWERED = 1024
 
 
@@ -123,8 +126,8 @@ class LinkState:
         self.fatal: FaultError | None = None
         self.bytes_sent = 0
         self.sequence = 0
-        #: messages of the broker's that could not be read, and were no answers
-        self.unreadable = 0
+        #: when messages could not be read, by either side, and were no answers
+        self._unreadable: deque[float] = deque(maxlen=_MAX_UNREADABLE)
         self.outbox: deque[Outgoing] = deque(maxlen=_OUTBOX)
         self.requests: dict[int, Request] = {}
         self.streams = Streams()
@@ -173,6 +176,12 @@ class LinkState:
             request.fail(fault)
         self.on_message(Fault(code=fault.code, text=str(fault), fatal=True), b"")
 
+    def note_unreadable(self, fault: FaultError) -> None:
+        """A message could not be read, here or by the broker; too many of them are the link's end."""
+        self._unreadable.append(time.monotonic())
+        if len(self._unreadable) == _MAX_UNREADABLE and self._unreadable[-1] - self._unreadable[0] < _UNREADABLE_S:
+            self.give_up(fault)
+
     def deliver(self, message: Message, tail: Buffer) -> None:
         """A control message from the broker: to the request it answers, or to the owner of the link."""
         ref = getattr(message, "ref", 0)
@@ -184,6 +193,10 @@ class LinkState:
                 pass
             case Fault() if message.code in _RETRYABLE_FAULTS:
                 raise LinkError(f"{message.code}: {message.text}")
+            case Fault(code="malformed") if request is None and not message.fatal:
+                # what was altered on the way is said again with the next connection
+                self.note_unreadable(fault_error(message.code, message.text))
+                raise LinkError(f"the broker could not read a message: {message.text}")
             case Fault() if message.fatal and message.code not in _NOT_THE_LINKS:
                 fault = fault_error(message.code, message.text)
                 if request is not None:

@@ -54,7 +54,8 @@ class Session:
     overflowed: bool = False
     outbox: deque[Outgoing] = field(default_factory=deque[Outgoing])
     outbox_bytes: int = 0
-    sequence: int = 0
+    sequence: int = 0  # of the last message to the peer
+    heard_sequence: int = 0  # of the last message from it; 0: not known
     ready: set[str] = field(default_factory=set[str])  # shared by all sessions: whose outboxes hold something
 
     @property
@@ -71,6 +72,14 @@ class Session:
     def room(self) -> bool:
         """Whether a derived message (an Assign, a Done) may be added: half of the outbox is kept for answers."""
         return self.outbox_bytes < self.timing.outbox_bytes // 2 and len(self.outbox) < self.timing.outbox_messages // 2
+
+    def in_order(self, sequence: int) -> int:
+        """How many of the peer's messages are missing before the one with this number; -1: it was here before."""
+        ahead = (sequence - self.heard_sequence - 1) & 0xFFFFFFFF
+        if not sequence or not self.heard_sequence or not ahead:
+            self.heard_sequence = sequence or self.heard_sequence
+            return 0
+        return -1 if ahead > 1 << 31 else ahead
 
     def push(self, message: Message, tail: bytes = b"") -> None:
         """Queue a message; one too many marks the session as overflowed, which ends it."""
@@ -235,6 +244,11 @@ class Sessions:
     def heard(self, session: Session, now: float) -> None:
         """Any traffic renews a session."""
         session.seen, session.lost_at = now, None
+
+    def detach(self, session: Session, now: float) -> None:
+        """Its connection has lost a message: what still comes over it is nobody's, and the peer is to come anew."""
+        self.by_peer.pop(session.peer, None)
+        self.unreachable(session, now)
 
     def unreachable(self, session: Session, now: float) -> None:
         """A send failed: the connection is closed, the peer may come back with another."""

@@ -136,7 +136,6 @@ class Agent:
         welcome = desk.link.start(config.connect_s)
         self._lock.connected()
         desk.digest = welcome.integrity == "digest"
-        self._channel.start()
         self._thread.start()
         return welcome
 

@@ -186,12 +186,23 @@ class ChannelServer:
     """The agent's end: one thread that owns the listening socket and every host's connection.
 
     ``on_message`` is called in that thread and must return fast. A host's first message is its hello, passed on once
-    its token held.
+    its token held. It opens with the first host: an executor of functions alone has no socket and no thread.
     """
 
     def __init__(self, on_message: OnMessage) -> None:
         self._on_message = on_message
         self.token = secrets.token_hex(16)
+        self.path = ""
+        self._peers: dict[int, _Peer] = {}
+        self._dirty: set[int] = set()  # those to look after: something is to be sent, or they are to close
+        self._accept_at = 0.0  # the listener rests until then; 0: it listens
+        self._next_id = 1
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="fedloom-channel", daemon=True)
+
+    def start(self) -> None:
+        """Open the socket and start the thread."""
         # short by construction: a unix socket's path has at most 107 bytes, and workspaces lie deep
         self._folder = Path(tempfile.mkdtemp(prefix="fedloom-", dir=_short_tmp()))
         self.path = str(self._folder / "channel")
@@ -205,20 +216,12 @@ class ChannelServer:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake_r, selectors.EVENT_READ)
-        self._peers: dict[int, _Peer] = {}
-        self._dirty: set[int] = set()  # those to look after: something is to be sent, or they are to close
-        self._accept_at = 0.0  # the listener rests until then; 0: it listens
-        self._next_id = 1
-        self._lock = threading.Lock()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="fedloom-channel", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
         self._thread.start()
 
     def environ(self, host: str) -> dict[str, str]:
         """What a host must find in its environment to connect."""
+        if not self.path:
+            self.start()
         return {ENV_CHANNEL: self.path, ENV_TOKEN: self.token, ENV_HOST: host}
 
     def send(self, connection: int, message: Mapping[str, Any]) -> bool:
@@ -250,6 +253,8 @@ class ChannelServer:
 
     def close(self) -> None:
         """Stop the thread and remove the socket."""
+        if not self.path:
+            return
         self._stopping = True
         self._wake()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:

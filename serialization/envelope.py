@@ -3,7 +3,10 @@
 A message is two or three ZeroMQ frames: envelope, body, and a tail where the message has bytes of its own (a chunk, an
 inline payload, a long list). The envelope is big-endian::
 
-    magic 4s | major u8 | kind u8 | flags u16 (0) | sequence u32 | crc32 of the body u32
+    magic 4s | major u8 | kind u8 | flags u16 (0) | sequence u32 | crc32 u32
+
+The checksum is of the body, the tail and the 12 bytes before it, in this order: no flipped bit passes, not in the kind
+and not in the sequence number. A Chunk's tail is left out: its body has a checksum of it.
 """
 
 from __future__ import annotations
@@ -22,8 +25,11 @@ MAX_BODY_BYTES = 64 * 1024
 #: The largest tail on a control link; a data link's is the chunk size.
 MAX_TAIL_BYTES = 1024 * 1024
 
-_ENVELOPE = struct.Struct(">4sBBHII")
-ENVELOPE_BYTES = _ENVELOPE.size
+_HEAD = struct.Struct(">4sBBHI")
+_CRC = struct.Struct(">I")
+ENVELOPE_BYTES = _HEAD.size + _CRC.size
+#: Which byte of it is the kind.
+KIND_AT = 5
 
 Buffer = bytes | bytearray | memoryview
 
@@ -37,28 +43,31 @@ class Envelope:
     crc32: int
 
 
-def pack_envelope(kind: int, sequence: int, body: Buffer) -> bytes:
-    """The envelope for a body of this kind."""
-    return _ENVELOPE.pack(MAGIC, MAJOR, kind, 0, sequence & 0xFFFFFFFF, zlib.crc32(body))
+def pack_envelope(kind: int, sequence: int, body: Buffer, tail: Buffer = b"") -> bytes:
+    """The envelope for a body of this kind and, but for a Chunk, its tail."""
+    head = _HEAD.pack(MAGIC, MAJOR, kind, 0, sequence & 0xFFFFFFFF)
+    return head + _CRC.pack(zlib.crc32(head, zlib.crc32(tail, zlib.crc32(body))))
 
 
-def unpack_envelope(frame: Buffer, body: Buffer) -> Envelope:
-    """Check an envelope against the body that follows it.
+def unpack_envelope(frame: Buffer, body: Buffer, tail: Buffer = b"") -> Envelope:
+    """Check an envelope against what follows it.
 
     Raises:
         EnvelopeError: wrong size, magic, major version, reserved flags or checksum.
     """
     if len(frame) != ENVELOPE_BYTES:
         raise EnvelopeError(f"envelope of {len(frame)} bytes; it has exactly {ENVELOPE_BYTES}")
-    magic, major, kind, flags, sequence, crc32 = _ENVELOPE.unpack(frame)
+    head = bytes(frame[: _HEAD.size])
+    magic, major, kind, flags, sequence = _HEAD.unpack(head)
+    (crc32,) = _CRC.unpack(frame[_HEAD.size :])
     if magic != MAGIC:
         raise EnvelopeError(f"magic {magic!r}; fedloom's is {MAGIC!r}: is the peer speaking another protocol?")
     if major != MAJOR:
         raise EnvelopeError(f"protocol major {major}; this side speaks {MAJOR}: upgrade the older side")
     if flags:
         raise EnvelopeError(f"flags {flags:#06x}; all are reserved and must be 0")
-    if zlib.crc32(body) != crc32:
-        raise EnvelopeError("the body's checksum does not match: it was altered on the way")
+    if zlib.crc32(head, zlib.crc32(tail, zlib.crc32(body))) != crc32:
+        raise EnvelopeError("the message's checksum does not match: it was altered on the way")
     return Envelope(kind, sequence, crc32)
 
 

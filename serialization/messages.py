@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from .codec import Limit, decode_fields, encode_fields, pack, show, unpack
-from .envelope import MAX_BODY_BYTES, MAX_TAIL_BYTES, Buffer, check_frames, pack_envelope, unpack_envelope
+from .envelope import (
+    ENVELOPE_BYTES,
+    KIND_AT,
+    MAX_BODY_BYTES,
+    MAX_TAIL_BYTES,
+    Buffer,
+    check_frames,
+    pack_envelope,
+    unpack_envelope,
+)
 from .errors import CodecError
 from .jobmessages import Answer, Ask, Checkpoint, Claimed, ClaimJob, Commit, CommitRef, EndJob, Event, SubmitJob
 from .payloadmessages import Abort, Chunk, Finish, Get, Grant, Put, Refusal, Stored
@@ -409,7 +418,7 @@ def encode(message: Message, tail: Buffer = b"", sequence: int = 0) -> list[Buff
                     f"{type(message).__name__} of {len(body)} bytes; at most {MAX_BODY_BYTES}:"
                     " shorten its metadata, or send it as a payload"
                 )
-    envelope = pack_envelope(message.KIND, sequence, body)
+    envelope = pack_envelope(message.KIND, sequence, body, b"" if isinstance(message, Chunk) else tail)
     return [envelope, body, tail] if len(tail) else [envelope, body]
 
 
@@ -425,6 +434,11 @@ def _pack_struct(layout: struct.Struct, stream: str, *numbers: int) -> bytes:
         ) from None
 
 
+def _is_chunk(envelope: Buffer) -> bool:
+    """Whether the tail has a checksum of its own, in the body."""
+    return len(envelope) == ENVELOPE_BYTES and envelope[KIND_AT] == Chunk.KIND
+
+
 def decode(frames: Sequence[Buffer], max_tail_bytes: int = MAX_TAIL_BYTES) -> Packet:
     """A message out of its frames (without the routing id).
 
@@ -433,8 +447,8 @@ def decode(frames: Sequence[Buffer], max_tail_bytes: int = MAX_TAIL_BYTES) -> Pa
         CodecError: an unknown kind, or a body that is not that message.
     """
     check_frames(frames, max_tail_bytes)
-    envelope = unpack_envelope(frames[0], frames[1])
     tail = frames[2] if len(frames) == 3 else b""
+    envelope = unpack_envelope(frames[0], frames[1], b"" if _is_chunk(frames[0]) else tail)
     cls = KINDS.get(envelope.kind)
     if cls is None:
         raise CodecError(f"message kind {envelope.kind} is unknown to protocol 1")

@@ -67,7 +67,7 @@ class Peer:
 
     def send(self, message: Message, tail: bytes = b"") -> None:
         """Through the real codec, then a turn."""
-        packet = decode(encode(message, tail, 7))
+        packet = decode(encode(message, tail))
         self.world.core.handle(self.address, packet, self.world.now)
         self.world.turn()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fedloom.broker.control import ControlConfig, ControlLoop
 from fedloom.broker.link import Link
 from fedloom.broker.sockets import free_endpoint
 from fedloom.serialization.errors import FaultError
-from fedloom.serialization.messages import Answer, Ask, Hello, Message, Packet
+from fedloom.serialization.messages import Answer, Ask, Hello, Message, Packet, Ping
 from structlog.testing import capture_logs
 
 
@@ -110,6 +111,28 @@ def test_a_lost_answer_is_asked_for_again(running: Running, monkeypatch: pytest.
         assert isinstance(running.ask(), Answer)
     assert len(set(asked)) == 1
     assert len(asked) >= 2
+    assert "messages_lost" in [entry["event"] for entry in logs]
+
+
+def test_a_question_that_was_taken_and_not_answered_is_asked_again(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linksession, "_REPEAT_S", 0.3)
+    core = running.loop.core
+    handle = core.handle
+    asked: list[int] = []
+
+    def forgetting(peer: bytes, packet: Packet, now: float) -> None:
+        if isinstance(packet.message, Ask):
+            asked.append(packet.message.ref)
+            if len(asked) == 1:
+                packet = replace(packet, message=Ping())
+        handle(peer, packet, now)
+
+    monkeypatch.setattr(core, "handle", forgetting)
+    with capture_logs() as logs:
+        assert isinstance(running.ask(), Answer)
+    assert len(set(asked)) == 1
     assert "request_repeated" in [entry["event"] for entry in logs]
 
 

@@ -20,14 +20,17 @@ from hypothesis import strategies as st
 
 
 def test_the_layout_never_changes() -> None:
-    assert pack_envelope(33, 0x01020304, b"body").hex() == f"46444c4d01210000{'01020304'}{zlib.crc32(b'body'):08x}"
+    crc32 = zlib.crc32(b"bodytail" + bytes.fromhex("46444c4d0121000001020304"))
+    assert pack_envelope(33, 0x01020304, b"body", b"tail").hex() == f"46444c4d0121000001020304{crc32:08x}"
     assert (MAGIC, MAJOR, ENVELOPE_BYTES) == (b"FDLM", 1, 16)
 
 
 @given(st.integers(0, 255), st.integers(0, 2**40), st.binary(max_size=50))
 def test_there_and_back(kind: int, sequence: int, body: bytes) -> None:
     envelope = pack_envelope(kind, sequence, body)
-    assert unpack_envelope(envelope, body) == Envelope(kind, sequence % 2**32, zlib.crc32(body))
+    assert unpack_envelope(envelope, body) == Envelope(
+        kind, sequence % 2**32, zlib.crc32(envelope[:12], zlib.crc32(body))
+    )
     assert unpack_envelope(memoryview(envelope), bytearray(body)).kind == kind
 
 
@@ -39,7 +42,8 @@ def test_size(size: int) -> None:
 
 @pytest.mark.parametrize(
     ("at", "match"),
-    [(0, "magic"), (3, "magic"), (4, "major"), (6, "flags"), (7, "flags"), (12, "checksum"), (15, "checksum")],
+    [(0, "magic"), (3, "magic"), (4, "major"), (5, "checksum"), (6, "flags"), (7, "flags")]
+    + [(at, "checksum") for at in range(8, 16)],
 )
 def test_a_changed_byte(at: int, match: str) -> None:
     envelope = bytearray(pack_envelope(1, 2, b"body"))
@@ -51,6 +55,8 @@ def test_a_changed_byte(at: int, match: str) -> None:
 def test_another_body() -> None:
     with pytest.raises(EnvelopeError, match="checksum"):
         unpack_envelope(pack_envelope(1, 2, b"body"), b"Body")
+    with pytest.raises(EnvelopeError, match="checksum"):
+        unpack_envelope(pack_envelope(1, 2, b"body", b"tail"), b"body", b"tale")
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 100])
