@@ -1,0 +1,209 @@
+"""What must be true of a run: watched while it goes on, and looked at when everybody has come to rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
+from cluster import Cluster
+from fedloom.broker import rows
+from fedloom.serialization.envelope import KIND_AT
+from fedloom.serialization.messages import Stored, decode
+from machine import Machine
+from network import Network, Socket
+from scenario import Reference
+
+#: Log lines that speak of a bug, or of something lost that was promised.
+ALARMS = frozenset(
+    {
+        "control_loop_error", "data_loop_error", "agent_crashed", "agent_call_failed", "link_crashed", "fold_failed",
+        "payload_lost", "results_lost", "message_too_large", "message_unsent",
+    }
+)  # fmt: skip
+
+
+class Violation(Exception):
+    """A promise was broken."""
+
+
+class Checker:
+    """The promises, for one run."""
+
+    def __init__(self, machine: Machine, network: Network, disk: Any, reference: Reference) -> None:
+        self.machine = machine
+        self.disk = disk
+        self.reference = reference
+        self.broken: list[str] = []
+        #: task -> attempt whose result is committed
+        self.results: dict[str, int] = {}
+        self.acknowledged: dict[str, int] = {}
+        self.refusals = 0
+        self.most: dict[str, int] = {}
+        network.watch = self._watch
+
+    def say(self, what: str) -> None:
+        """A promise is broken."""
+        if not self.broken:
+            self.machine.say(f"BROKEN: {what}")
+        self.broken.append(what)
+
+    # ------------------------------------------------------------ while it runs
+
+    def heard(self, method: str, event: dict[str, Any]) -> None:
+        """A log line."""
+        if event["event"] in ALARMS:
+            detail = {k: v for k, v in event.items() if k not in ("event", "exc_info")}
+            self.say(f"log says {event['event']} {detail}{_error(event)}")
+
+    def _watch(self, socket: Socket, frames: list[bytes]) -> None:
+        if len(frames[0]) > KIND_AT and frames[0][KIND_AT] == Stored.KIND and socket.party.name == "control":
+            self._take_rows()
+            stored = decode(frames).message
+            assert isinstance(stored, Stored)
+            for ref in stored.tasks:
+                if self.results.get(ref.task) != ref.attempt:
+                    has = self.results.get(ref.task)
+                    self.say(f"attempt {ref.attempt} of {ref.task} acknowledged; committed is {has}")
+                self.acknowledged[ref.task] = ref.attempt
+            for refusal in stored.refused:
+                self.refusals += 1
+                if not refusal.code or not refusal.reason:
+                    self.say(f"refused without a reason: {refusal}")
+
+    def _take_rows(self) -> None:
+        for table, row in self.disk.rows:
+            if table == "results":
+                item = rows.item(row[2])
+                known = self.results.setdefault(item.task, item.attempt)
+                if known != item.attempt:
+                    self.say(f"a second result of {item.task}: attempt {item.attempt} beside {known}")
+        self.disk.rows.clear()
+
+    def look(self, cluster: Cluster) -> None:
+        """Now and then: what is bounded is within its bounds."""
+        loop, data = cluster.loop, cluster.data_loop
+        if loop is None or not cluster.living["control"].alive:
+            return
+        state = loop.core.state
+        for session in state.sessions.by_id.values():
+            self._bound("outbox", len(session.outbox), session.timing.outbox_messages)
+        quota = state.quota
+        if quota.total:
+            self._bound("spool", quota.used, quota.total)
+        if data is not None and cluster.living["data"].alive:
+            self._bound("data outboxes", max(map(len, data._outboxes.values()), default=0), 1024)
+
+    def _bound(self, name: str, seen: int, allowed: int) -> None:
+        self.most[name] = max(self.most.get(name, 0), seen)
+        if seen > allowed:
+            self.say(f"{name}: {seen}, bound {allowed}")
+
+    # ------------------------------------------------------------ when it is over
+
+    def rest(self, cluster: Cluster) -> str:
+        """What is still under way after the job's end; "" once everybody has come to rest."""
+        loop = cluster.loop
+        if loop is None or not cluster.living["control"].alive or not cluster.living["data"].alive:
+            return "the broker is down"
+        state = loop.core.state
+        job = state.jobs.jobs.get(cluster.job)  # type: ignore[call-overload]
+        if job is None or not job.ended:
+            return "the job has not ended"
+        if "job" in cluster.living and cluster.living["job"].alive:
+            return "the job's process lives"
+        for name, agent in cluster.agents.items():
+            node = agent.config.node
+            session = state.sessions.by_node.get(node)
+            desk = agent._desk
+            if session is None or session.lost_at is not None or desk is None or agent.ended or desk.link.state != "up":
+                return f"{name} is not connected"
+            if desk.runs or len(desk.outbox) or desk.held_refs():
+                return f"{name} holds {len(desk.runs)} runs, {len(desk.outbox)} results, {desk.held_refs()}"
+            if agent._collector is not None and len(agent._collector.delivery):
+                return f"{name} delivers"
+            if desk.jobs.on_disk():
+                return f"{name} keeps the job's files"
+        live = [gather.id for gather in state.ledger.gathers.values()]
+        if live:
+            return f"gathers {live} are kept"
+        uploads = cluster.data_loop.transfers.uploads if cluster.data_loop is not None else None
+        if uploads is not None and uploads.names_in_use():
+            return "uploads are open"
+        return ""
+
+    def end(self, cluster: Cluster) -> None:
+        """Everything that must be true once all is over."""
+        self._take_rows()
+        scenario, loop = cluster.scenario, cluster.loop
+        assert loop is not None
+        state = loop.core.state
+        job = state.jobs.jobs[cluster.job]  # type: ignore[index]
+        records = state.journal.records(job.id, 0, 1000)
+        if cluster.status != "FINISHED:COMPLETED":
+            self._failed(cluster, records)
+        rounds = [round for _, round, _ in records]
+        if rounds != list(range(len(rounds))):
+            self.say(f"rounds committed: {rounds}")
+        closed = [[site["name"] for site in record["sites"]] for _, _, record in records]
+        least = len(scenario.sites) - scenario.spared
+        for round, sites in enumerate(closed):
+            if len(set(sites)) != len(sites) or not set(sites) <= set(scenario.sites) or len(sites) < least:
+                self.say(f"round {round} was closed with {sites}")
+        if not self.broken and closed:
+            self._models(cluster, closed, job)
+        self._acknowledged(closed)
+        self._payloads(state)
+        for name, party in cluster.living.items():
+            if name == "job" and party.alive:
+                self.say("a job process outlives its job")
+
+    def _failed(self, cluster: Cluster, records: Sequence[Any]) -> None:
+        """Whether a job may have ended otherwise: a gather with a deadline may miss its quorum."""
+        if cluster.scenario.deadline_s is not None and "deadline" in cluster.reason:
+            cluster.hits["quorum missed"] += 1
+        else:
+            self.say(f"the job ended as {cluster.status}: {cluster.reason[:500]}")
+
+    def _models(self, cluster: Cluster, closed: list[list[str]], job: Any) -> None:
+        wanted = self.reference.models(cluster.scenario, closed)
+        got = job.commit.model.id if job.commit is not None and job.commit.model is not None else ""
+        if got != wanted[-1]:
+            self.say(f"the model after {len(closed)} rounds is {got}; undisturbed it is {wanted[-1]}")
+
+    def _acknowledged(self, closed: list[list[str]]) -> None:
+        """What was acknowledged is what counts: the round's record names its site."""
+        for task, attempt in self.acknowledged.items():
+            if self.results.get(task) != attempt:
+                self.say(f"{task}: attempt {attempt} was acknowledged, {self.results.get(task)} is there")
+        folded = sum(map(len, closed))
+        if len(self.results) < folded:
+            self.say(f"{folded} results were folded, {len(self.results)} ever accepted")
+
+    def _payloads(self, state: Any) -> None:
+        table = state.payloads
+        for payload in table.rows:
+            if not table.holds.get(payload):
+                self.say(f"payload {payload} is held by nobody")
+        files = {path.name for folder in state.spool.payloads.iterdir() for path in folder.iterdir()}
+        if files != set(table.rows):
+            self.say(f"files without rows {files - set(table.rows)}, rows without files {set(table.rows) - files}")
+        kept = {h.partition(":")[0] for holders in table.holds.values() for h in holders}
+        if kept - {"commit", "best", "archive", "submit", "job"}:
+            self.say(f"after the job's end payloads are held for {sorted(kept)}")
+        if state.quota.admitted:
+            self.say(f"admitted and never come: {list(state.quota.admitted)}")
+        left = [path.name for path in state.spool.incoming.iterdir()]
+        if left:
+            self.say(f"left in incoming: {left}")
+
+
+def _error(event: dict[str, Any]) -> str:
+    if not event.get("exc_info"):
+        return ""
+    import traceback
+
+    return "\n" + traceback.format_exc()
+
+
+__all__ = ["ALARMS", "Checker", "Violation", "msgpack"]

@@ -1,0 +1,103 @@
+"""What goes wrong in a schedule: a list of faults drawn from the seed, any of which can be left out again to shrink it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+#: Every kind, with how often it is drawn beside the others.
+KINDS: dict[str, int] = {
+    "drop": 3,
+    "duplicate": 2,
+    "reorder": 2,
+    "delay": 2,
+    "flip": 3,
+    "cut": 4,
+    "cut_all": 1,
+    "crash": 6,
+    "crash_step": 8,
+    "point": 6,
+    "host": 3,
+    "host_step": 3,
+    "clock": 1,
+    "full": 1,
+    "sync": 1,
+}
+#: Whom a crash may hit. The broker's host takes both of its processes.
+VICTIMS = ("control", "data", "controller-1", "controller-2", "job", "executor", "pool")
+POINTS = (
+    "control.before_commit",
+    "control.after_commit_before_send",
+    "control.after_file_before_row",
+    "journal.before_commit",
+    "journal.after_commit",
+    "data.mid_upload",
+    "data.after_file_before_row",
+    "link.before_chunk",
+    "job.after_fold",
+    "job.before_checkpoint",
+    "job.before_end",
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong."""
+
+    kind: str
+    at: float = 0.0  # when, or from when on
+    lasts: float = 0.0
+    whom: str = ""
+    step: int = 0
+    share: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule."""
+
+    seed: int
+    variant: int
+    faults: tuple[Fault, ...] = field(default=())
+
+    def __str__(self) -> str:
+        kept = ",".join(str(f.seed) for f in self.faults)
+        return f"{self.seed} {self.variant} {kept or '-'}"
+
+
+def draw(seed: int, busy_s: Sequence[float]) -> Plan:
+    """The schedule of a seed: which job, and one to six faults while it is at work.
+
+    Args:
+        busy_s: about how long each of the jobs takes undisturbed.
+    """
+    chance = Random(seed * 2 + 1)
+    variant = chance.randrange(len(busy_s))
+    kinds, weights = list(KINDS), list(KINDS.values())
+    faults: list[Fault] = []
+    for number in range(chance.choice((1, 1, 2, 2, 3, 4, 6))):
+        kind = chance.choices(kinds, weights)[0]
+        at = chance.uniform(0.0, busy_s[variant])
+        share = chance.choice((0.01, 0.03, 0.1))
+        lasts = chance.uniform(0.2, 3.0)
+        whom = chance.choice(VICTIMS)
+        step = chance.randrange(1, 60)
+        match kind:
+            case "crash" | "crash_step":
+                pass
+            case "point":
+                whom, step = chance.choice(POINTS), chance.choice((1, 1, 2, 3, 5, 8))
+            case "full" | "sync":
+                lasts = chance.uniform(0.1, 1.0)
+        faults.append(Fault(kind, at, lasts, whom, step, share, number))
+    return Plan(seed, variant, tuple(faults))
+
+
+def parse(line: str, busy_s: Sequence[float]) -> Plan:
+    """A plan from its line in the regression file: seed, variant, the numbers of the faults that are left."""
+    seed, variant, kept = line.partition("#")[0].split()[:3]
+    plan = draw(int(seed), busy_s)
+    numbers = set() if kept == "-" else {int(n) for n in kept.split(",")}
+    return Plan(plan.seed, int(variant), tuple(f for f in plan.faults if f.seed in numbers))
