@@ -8,7 +8,7 @@ SUPPORTED := import sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$p" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
-.PHONY: demo test test-fast check bench clean distclean venv
+.PHONY: demo test test-fast check bench fuzz clean distclean venv
 .DEFAULT_GOAL := demo
 
 demo: venv  ## a federated model, trained on real digits through the whole pipeline
@@ -30,6 +30,10 @@ bench: venv  ## the figures of docs/performance.md, on this machine
 	$(BIN)/python benchmarks/rounds.py --json workspace/bench/rounds.json
 	$(BIN)/python benchmarks/bigmodel.py --json workspace/bench/bigmodel.json
 	$(BIN)/python benchmarks/report.py workspace/bench/rounds.json workspace/bench/bigmodel.json
+
+fuzz: venv  ## every fuzz target with coverage, ten minutes each (needs wheels of atheris: Linux)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,fuzz]"
+	$(BIN)/python tests/fuzz/run.py --seconds 600 --jobs 2
 
 clean:  ## what runs and builds left behind, but not .venv
 	rm -rf workspace build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis .typing

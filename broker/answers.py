@@ -7,6 +7,8 @@ from typing import Any
 from ..serialization.codec import pack
 from ..serialization.errors import FaultError
 from ..serialization.messages import Answer, Ask, PayloadRef
+from .bounds import to_plain
+from .figures import figures
 from .jobs import Job
 from .state import BrokerState
 
@@ -137,11 +139,13 @@ def _broker(state: BrokerState) -> dict[str, Any]:
             "reserved_bytes": quota.reserved,
             "payloads": len(state.payloads.rows),
             "waits": quota.refused,
+            "waiting": len(quota.turns),
         },
         "sessions": len(state.sessions.by_id),
         "jobs": len(state.jobs.jobs),
         "gathers": len(state.ledger.gathers),
         "tasks": len(state.ledger.tasks),
+        "bounds": to_plain(figures(state)),
         "counters": dict(state.counters),
     }
 

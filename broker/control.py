@@ -9,8 +9,8 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +19,13 @@ import zmq
 
 from ..serialization.envelope import MAX_TAIL_BYTES, Buffer
 from ..serialization.errors import CodecError, StorageError, WireError
+from ..serialization.loglimit import LINES
 from ..serialization.messages import Ask, Bye, Fault, Get, Message, Packet, Ping, Progress, decode, encode
 from .core import ControlCore
 from .journal import Journal
 from .ledger import Limits
 from .lock import StoreLock
+from .options import apply
 from .sessions import Session, Timing
 from .sockets import bind, data_endpoint_for, is_local, make_context, make_socket
 from .spool import Durability, Spool
@@ -35,7 +37,6 @@ log = structlog.get_logger(__name__)
 
 _BATCH = 256
 _BLOCKED_S = 0.02
-_DATA_OUTBOX = 65536
 _MAX_ERRORS = 100
 #: Messages whose handlers change nothing of what the journal has.
 _READS = (Ask, Get, Ping, Progress)
@@ -63,6 +64,7 @@ class ControlConfig:
     start_s: float = 30.0
     retry_s: float = 1.0
     quota_bytes: int = 0  # of the spool; 0: four fifths of the disk's free space at the start, and what is here
+    bounds: Mapping[str, int | float] = field(default_factory=dict[str, int | float])  # further ones, see `options`
 
     @property
     def local(self) -> bool:
@@ -71,9 +73,9 @@ class ControlConfig:
 
     def settings(self, endpoint: str, quota_bytes: int = 0) -> Settings:
         """What the core is told, bound at ``endpoint``."""
-        return Settings(
-            timing=Timing(self.ping_s, self.dead_s, self.lost_s, self.takeover_s),
-            limits=Limits(retry_s=self.retry_s),
+        settings = Settings(
+            timing=apply(Timing(self.ping_s, self.dead_s, self.lost_s, self.takeover_s), self.bounds),
+            limits=apply(Limits(retry_s=self.retry_s), self.bounds),
             data_endpoint=self._offered(endpoint),
             chunk_bytes=self.chunk_bytes,
             window=self.window,
@@ -82,6 +84,7 @@ class ControlConfig:
             quota_bytes=self.quota_bytes or quota_bytes,
             start_s=self.start_s,
         )
+        return apply(settings, self.bounds)
 
     def _offered(self, endpoint: str) -> str:
         """The data endpoint for Welcome: peers use the host they dialled, unless one is advertised."""
@@ -136,7 +139,7 @@ class ControlLoop:
         self._errors = 0
         self._sequence = 0
         self._data_peer: bytes | None = None
-        self._data_outbox: deque[Message] = deque(maxlen=_DATA_OUTBOX)
+        self._data_outbox: deque[Message] = deque()
         self._lock = StoreLock(config.store)
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._context = make_context(2)
@@ -148,6 +151,7 @@ class ControlLoop:
             self._data = make_socket(self._context, "internal-router")
             # the replay comes before the bind: a peer that connects is answered at once
             settings = config.settings(config.bind, self._spool.default_quota())
+            LINES.per_s = settings.log_lines_per_s
             self.core = ControlCore(settings, self._journal, self._spool, secrets.token_hex(8), self._clock.now())
             bind(self._data, config.internal)
             self.endpoint = bind(self._peers, config.bind, config.insecure)
@@ -292,7 +296,11 @@ class ControlLoop:
                 sessions.ready.discard(session_id)
         self._data_outbox.extend(core.data_out)
         core.data_out.clear()
+        while len(self._data_outbox) > core.state.settings.data_outbox_messages:
+            self._data_outbox.popleft()
+            core.state.bounds.reached("data_outbox_messages")
         self._flush_data()
+        core.state.data_outbox = len(self._data_outbox)
 
     def _flush(self, session: Session) -> bool:
         """Send what the peer's pipe takes; whether the outbox is empty."""

@@ -44,6 +44,7 @@ from ..serialization.messages import (
     TaskRef,
 )
 from .answers import answer
+from .bounds import figures_of
 from .jobdesk import JobDesk, names_in
 from .journal import Journal
 from .payloaddesk import PayloadDesk
@@ -51,18 +52,19 @@ from .payloads import SUBMIT_KEEP_S
 from .recovery import recover
 from .sessions import Session
 from .spool import Spool
-from .state import BrokerState, Settings
+from .state import TRIM_SHARE, BrokerState, Settings
 from .streams import Streams
+from .strikes import StrikeLimits, Strikes
 from .taskdesk import TaskDesk
 
 __all__ = ["ControlCore"]
 
 log = structlog.get_logger(__name__)
 
-_STRIKES = 8
+#: Faults after which a peer is not to connect again.
+_FATAL = frozenset({"name_taken", "unknown_claim", "penalty"})
 _EXPIRE_S = 60.0
 _SCAN_S = 0.1
-_MAX_HELD = 100_000
 
 _EXECUTOR, _CONTROLLER, _JOB, _CLIENT = "executor", "controller", "job", "client"
 _ANYONE = frozenset({_EXECUTOR, _CONTROLLER, _JOB, _CLIENT})
@@ -112,6 +114,8 @@ class ControlCore:
         self.tasks = TaskDesk(self.state)
         self.jobs = JobDesk(self.state, self.streams, self.tasks.job_ended)
         self.payloads = PayloadDesk(self.state)
+        #: connections and node names that sent too much that cannot be read
+        self.strikes: Strikes[bytes | str] = Strikes(StrikeLimits(settings.timing.max_strikes))
         #: what may be sent beside the outboxes: to connections without a session, and to the data process
         self.loose: list[tuple[bytes, Message, bytes]] = []
         self.data_out: list[Message] = []
@@ -132,6 +136,8 @@ class ControlCore:
             self.state.ledger.renew(session.node, now)
             if not isinstance(message, Hello) and not self._in_order(session, packet.sequence, now):
                 return
+        elif self._boxed(peer, now):
+            return
         target = session or peer
         # a session fault is about the link, not about the request: that is repeated in the next session
         ref = cast("int", getattr(message, "ref", 0)) if session is not None else 0
@@ -145,7 +151,7 @@ class ControlCore:
         except (FencedError, NondeterministicError) as error:
             self.state.fault(target, error, ref, packet.sequence, fatal=True)
         except FaultError as error:
-            self.state.fault(target, error, ref, packet.sequence, fatal=error.code in ("name_taken", "unknown_claim"))
+            self.state.fault(target, error, ref, packet.sequence, fatal=error.code in _FATAL)
         except WireError as error:
             self._strike(target, error, ref, packet.sequence, now)
 
@@ -162,18 +168,32 @@ class ControlCore:
 
     def malformed(self, peer: bytes, error: WireError, now: float) -> None:
         """Frames that are no message."""
-        self._strike(self.state.sessions.of(peer) or peer, error, 0, 0, now)
+        session = self.state.sessions.of(peer)
+        if session is not None or not self._boxed(peer, now):
+            self._strike(session or peer, error, 0, 0, now)
+
+    def _boxed(self, peer: bytes, now: float) -> bool:
+        """Whether nothing is taken from this connection, which has no session: it gets no answers either."""
+        boxed = self.strikes.boxed(peer, now) > 0
+        self.state.counters["boxed"] += boxed
+        return boxed
 
     def _strike(self, target: Session | bytes, error: WireError, ref: int, about: int, now: float) -> None:
-        fault = FaultError("malformed", str(error))
-        if isinstance(target, Session):
-            target.strikes += 1
-            log.warning("malformed", node=target.node, error=str(error)[:500], strikes=target.strikes)
-            if target.strikes >= _STRIKES:
-                self.state.fault(target.peer, fault, ref, about, fatal=True)
-                self.end_session(target, now, polite=False)
-                return
-        self.state.fault(target, fault, ref, about)
+        session = target if isinstance(target, Session) else None
+        node = session.node if session is not None else ""
+        log.warning("malformed", node=node, error=str(error)[:500])
+        if not self.strikes.strike(node or cast("bytes", target), now):
+            self.state.fault(target, FaultError("malformed", str(error)), ref, about)
+            return
+        limits = self.strikes.limits
+        text = f"{error}; {limits.strikes} such messages: nothing more is taken from it for {limits.box_s:g} s"
+        log.warning("boxed", node=node, strikes=limits.strikes, box_s=limits.box_s)
+        self.state.bounds.reached("max_strikes")
+        self.state.fault(session.peer if session else cast("bytes", target), FaultError("malformed", text), ref, about,
+                         fatal=True)  # fmt: skip
+        if session is not None:
+            self.strikes.box(session.peer, now)
+            self.end_session(session, now, polite=False)
 
     def _dispatch(self, session: Session, packet: Packet, now: float) -> None:
         message = packet.message
@@ -217,8 +237,10 @@ class ControlCore:
             case EndJob():
                 self.jobs.end(session, message, now)
             case Event():
-                self.jobs.event(message, now)
+                self.jobs.event(session, message, now)
             case Ask(what="abort"):
+                if session.role != _CLIENT:
+                    raise FaultError("forbidden", f"a {session.role} may not abort a job; a client may")
                 job = self.state.jobs.get(message.job)
                 self.jobs.abort(job, f"aborted by {session.node}", now)
                 self.state.reply(session, Answer(message.ref, {"status": job.status}))
@@ -230,9 +252,17 @@ class ControlCore:
     # ------------------------------------------------------------ sessions
 
     def _hello(self, peer: bytes, hello: Hello, tail: bytes, now: float, sequence: int = 0) -> None:
-        sites, held = names_in(tail, "sites"), _held(tail)  # before anything is changed
+        sites, held = names_in(tail, "sites"), _held(tail, self.state.settings.max_held)  # before anything is changed
+        left = self.strikes.boxed(hello.node, now)
+        if left:
+            text = f"{hello.node} has sent too much that cannot be read: it may say Hello again in {left:.0f} s"
+            raise FaultError("penalty", text)
+        named = f"job/{hello.job}/{hello.claim}"
         if hello.role == _JOB:
             self.state.jobs.check(hello.job, hello.claim)
+        if (hello.node != named) if hello.role == _JOB else hello.node.startswith("job/"):
+            # one session a claim: a second process under another name would work beside the first
+            raise FaultError("hello", f"node {hello.node!r} of a {hello.role}; job/ID/CLAIM is its job process's alone")
         arrival = self.state.sessions.hello(peer, hello, sites, now, tail)
         session = arrival.session
         if session is None:
@@ -288,8 +318,10 @@ class ControlCore:
                 self.state.data_replies.extend(self.state.welcome(session) for session in sessions)
             case Ping():
                 self.state.data_replies.append(Pong())
+            case Event(kind="bounds") as message:
+                self.state.data_figures = figures_of(message.data)
             case Put() as message:
-                answer_ = self.payloads.from_data(message, now)
+                answer_ = self.payloads.from_data(message, now, bytes(packet.tail).decode("ascii", "replace"))
                 if answer_ is not None:
                     self.state.data_replies.append(answer_)
             case message:
@@ -308,12 +340,16 @@ class ControlCore:
         self.jobs.pump(now)
         self.tasks.pump(now)
         self._note(now)
+        state.bounds.tick(now)
 
     def _scan(self, now: float) -> None:
         """The sessions, for those that are dead or silent."""
         state = self.state
         for session in state.sessions.dead(now):
             why = "outbox full" if session.overflowed else "silent"
+            if session.overflowed:
+                by_count = len(session.outbox) >= session.timing.outbox_messages
+                state.bounds.reached("outbox_messages" if by_count else "outbox_bytes")
             log.warning("session_dead", node=session.node, reason=why, silent_s=round(now - session.seen, 1))
             self.end_session(session, now, polite=False)
         for session in state.sessions.to_probe(now):
@@ -322,6 +358,7 @@ class ControlCore:
             self._expired_at = now
             state.payloads.expire("submit", now - SUBMIT_KEEP_S)
             self.payloads.expire_admissions(now)
+            state.journal_full = state.journal.size() > state.settings.journal_bytes
 
     def _settle_arrivals(self, now: float) -> None:
         """Hellos that waited for a rival's death."""
@@ -358,9 +395,10 @@ class ControlCore:
         fault_point("control.before_commit")
         state.journal.save(state.ledger, state.jobs, state.payloads, state.events, state.records)
         fault_point("control.after_commit_before_send")
-        full = {e.job for e in state.events if e.seq % 1000 == 0 and e.seq > state.settings.max_events}
+        most = state.settings.max_events
+        full = {e.job for e in state.events if e.seq > most and e.seq % max(1, most // TRIM_SHARE) == 0}
         for job in full:
-            state.journal.trim_events(job, state.settings.max_events)
+            state.bounds.reached("max_events", state.journal.trim_events(job, most))
         state.events.clear()
         state.records.clear()
         for payload in state.payloads.doomed:
@@ -393,18 +431,22 @@ class ControlCore:
         return soonest if due is None else max(now, min(soonest, due))
 
 
-def _held(tail: bytes) -> list[TaskRef]:
+def _held(tail: bytes, most: int) -> list[TaskRef]:
     """The attempts that an executor holds, out of Hello's tail.
 
     Raises:
-        CodecError: not a list of [task, attempt].
+        CodecError: not a list of [task, attempt]. FaultError: ``too_many``.
     """
     if not tail:
         return []
     values: dict[str, Any] = unpack(tail, max_bytes=MAX_TAIL_BYTES)
-    pairs: list[Any] = values.get("held", [])
-    if len(pairs) > _MAX_HELD:
-        raise CodecError(f"{len(pairs)} held attempts; at most {_MAX_HELD}")
+    pairs: Any = values.get("held", [])
+    if not isinstance(pairs, list):
+        raise CodecError("the tail has no list 'held'")
+    pairs = cast("list[Any]", pairs)
+    if len(pairs) > most:
+        text = f"{len(pairs)} held attempts; at most {most} (max_held): serve fewer sites, or raise it"
+        raise FaultError("too_many", text, bound="max_held")
     out: list[TaskRef] = []
     for pair in pairs:
         match pair:

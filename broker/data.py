@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +28,11 @@ import zmq
 
 from ..serialization.envelope import Buffer
 from ..serialization.errors import FedloomError, StorageError, WireError
+from ..serialization.loglimit import LINES
 from ..serialization.messages import decode, encode
 from ..serialization.processes import die_with_parent, setup_logging
 from .datasync import Epochs, Syncer
+from .options import apply
 from .sockets import bind, connect, make_context, make_socket
 from .spool import Durability, Spool
 from .transfers import CONTROL, Limits, Outgoing, Transfers
@@ -44,7 +46,6 @@ log = structlog.get_logger(__name__)
 
 _BATCH = 256
 _BATCH_BYTES = 32 * 1024 * 1024
-_OUTBOX = 1024
 _WORK_BYTES = 16 * 1024 * 1024
 _WORK_CHUNKS = 16
 _TICK_S = 0.05
@@ -65,30 +66,27 @@ class DataConfig:
     chunk_bytes: int = 1024 * 1024
     window: int = 8
     trust_local: bool = False
-    max_payload_bytes: int = 1 << 40
-    max_streams: int = 256
-    max_streams_per_peer: int = 64
     stall_s: float = 30.0
     hello_wait_s: float = 2.0
+    bounds: Mapping[str, int | float] = field(default_factory=dict[str, int | float])  # further ones, see `options`
     parent: int = 0  # the pid that must be alive; 0: not looked at
 
     def limits(self) -> Limits:
         """The bounds of the transfers."""
-        return Limits(
+        limits = Limits(
             chunk_bytes=self.chunk_bytes,
             window=self.window,
             digested=self.integrity == "digest",
             trust_local=self.trust_local,
-            max_payload_bytes=self.max_payload_bytes,
-            max_streams=self.max_streams,
-            max_streams_per_peer=self.max_streams_per_peer,
             stall_s=self.stall_s,
             hello_wait_s=self.hello_wait_s,
         )
+        return apply(limits, self.bounds)
 
     def to_json(self) -> str:
         """For the command line of `main`."""
-        return json.dumps({name: getattr(self, name) for name in self.__slots__} | {"store": str(self.store)})
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return json.dumps(fields | {"store": str(self.store), "bounds": dict(self.bounds)})
 
     @classmethod
     def from_json(cls, text: str) -> DataConfig:
@@ -135,6 +133,7 @@ class DataLoop:
             os.close(self._wake_r)
             os.close(self._wake_w)
             raise
+        LINES.per_s = int(config.bounds.get("log_lines_per_s", LINES.per_s))
         self._syncer = Syncer(spool, self._wake_w)
         self.transfers = Transfers(
             spool,
@@ -160,7 +159,7 @@ class DataLoop:
             now = time.monotonic()
             if now - self._ticked_at >= _TICK_S:
                 self._ticked_at = now
-                self.transfers.tick(now)
+                self.transfers.tick(now, max((len(w) for route, w in self._outboxes.items() if route), default=0))
             more = self.transfers.work(self._outboxes.keys(), now, max_bytes=_WORK_BYTES, chunks=_WORK_CHUNKS)
             self._syncer.submit(self.transfers.landings())
             for key, gone in self._syncer.done():
@@ -240,12 +239,12 @@ class DataLoop:
                 return
             waiting = self._outboxes[out.route] = deque()
         waiting.append(frames)
-        if len(waiting) <= _OUTBOX:
-            return
-        if out.route == CONTROL:
+        limits, bounds = self.transfers.limits, self.transfers.bounds
+        if out.route == CONTROL and len(waiting) > limits.control_outbox_messages:
+            bounds.reached("control_outbox_messages")
             waiting.popleft()  # every question is repeated until it is answered
-        else:
-            log.warning("peer_outbox_full", messages=len(waiting))
+        elif out.route != CONTROL and len(waiting) > limits.peer_outbox_messages:
+            bounds.reached("peer_outbox_messages")
             self._lost(out.route)
 
     def _flush(self, route: bytes) -> None:

@@ -17,6 +17,7 @@ import structlog
 from ..serialization.errors import PayloadError, StorageError
 from ..serialization.messages import Abort, Chunk, Finish, Get, Grant
 from ..serialization.stream import ChunkPlan, Sender
+from .bounds import Bounds
 from .spool import Spool
 from .transferlimits import Limits, Outgoing
 
@@ -72,10 +73,13 @@ class Downloads:
         send: takes every `Outgoing`.
     """
 
-    def __init__(self, spool: Spool, limits: Limits, *, send: Callable[[Outgoing], None]) -> None:
+    def __init__(
+        self, spool: Spool, limits: Limits, *, send: Callable[[Outgoing], None], bounds: Bounds | None = None
+    ) -> None:
         self._spool = spool
         self._limits = limits
         self._send = send
+        self._bounds = bounds or Bounds()
         self._streams: dict[tuple[bytes, str], _Download] = {}
         self._files: dict[str, _File] = {}
 
@@ -94,13 +98,17 @@ class Downloads:
             self._close(known)
         limits = self._limits
         mine = sum(download.route == route for download in self._streams.values())
-        if len(self) >= limits.max_streams or mine >= limits.max_streams_per_peer:
-            self._abort(route, get.stream, "busy", "too many open streams: wait for one to end", limits.retry_s)
-            return
+        for bound, count in (("max_streams", len(self)), ("max_streams_per_peer", mine)):
+            most = int(getattr(limits, bound))
+            if count >= most:
+                self._bounds.reached(bound)
+                text = f"{count} downloads are open; at most {most} ({bound}): wait for one to end"
+                self._abort(route, get.stream, "busy", text, limits.retry_s)
+                return
         try:
             file = self._acquire(get.payload)
-        except (PayloadError, FileNotFoundError) as error:
-            self._abort(route, get.stream, "unknown", f"payload {get.payload} is not here: {error}")
+        except (PayloadError, FileNotFoundError):  # whose text has a path, which is no stranger's business
+            self._abort(route, get.stream, "unknown_payload", f"payload {get.payload} is not here")
             return
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):

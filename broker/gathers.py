@@ -44,9 +44,6 @@ __all__ = [
 TaskStatus = Literal["queued", "leased", "done", "failed", "cancelled", "dead"]
 GatherState = Literal["waiting", "open", "closed", "failed"]
 
-#: A failure's text in the ledger; user code's traceback ends with what matters.
-MAX_FAILURE_TEXT = 4096
-
 
 @dataclass(slots=True)
 class Task:
@@ -65,6 +62,7 @@ class Task:
     code: str = ""
     text: str = ""
     accepted: bool = False
+    counted: bool = False  # the current attempt is among the tries: it may be lost, come back and be lost again
     progress: float = 0.0  # the current attempt's own word; 1: only its result's way here is left
     until: float = 0.0
     ready_at: float = 0.0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
 import structlog
 
-from ..serialization.codec import CodecError, check_plain, encode_fields, pack, unpack
+from ..serialization.codec import CodecError, check_plain, encode_fields, pack, show, unpack
 from ..serialization.envelope import MAX_TAIL_BYTES
 from ..serialization.errors import FaultError
 from ..serialization.messages import (
@@ -25,7 +26,9 @@ from ..serialization.messages import (
     OpenGather,
     SubmitJob,
 )
+from ..serialization.vocabulary import FOLDER
 from .jobs import Job
+from .quota import Needs
 from .sessions import Session
 from .state import BODY_BUDGET, BrokerState
 from .streams import Streams, receipt
@@ -34,7 +37,8 @@ __all__ = ["JobDesk", "names_in"]
 
 log = structlog.get_logger(__name__)
 
-_MAX_CONFIG_BYTES = 40 * 1024
+_FOLDER = re.compile(FOLDER)
+
 #: What users give goes on to others inside of lists and maps, where it must not be nested too deep.
 _SPARE_DEPTH = 4
 
@@ -58,18 +62,26 @@ class JobDesk:
             check_plain(message.meta, _SPARE_DEPTH)
             size = message.meta.get("model_bytes", 0)
             if isinstance(size, int) and size > 0:
-                state.quota.check_fit(message.archive.size, size)
-            if len(pack(message.meta)) > state.settings.max_meta_bytes:
-                raise FaultError(
-                    "too_large", f"meta of more than {state.settings.max_meta_bytes} bytes (max_meta_bytes)"
-                )
+                state.quota.check_fit(message.archive.size, Needs.of(dict(message.meta), size))
+            self._check_bytes("meta of a submission", message.meta, "max_meta_bytes")
+            state.check_journal()
         job, fresh = state.jobs.submit(message, now)
         if fresh:
             state.payloads.hold(job.archive.id, f"job:{job.id}", now)
             state.payloads.release(job.archive.id, "submit")
+            self._forget_oldest()
             state.event(job.id, "submitted", now, text=job.name)
             log.info("job_submitted", job=job.id, name=job.name)
         state.reply(session, Answer(message.ref, {"job_id": job.id}))
+
+    def _forget_oldest(self) -> None:
+        """Room for a new job: the records, models and events of those that ended first go."""
+        state = self._state
+        for job in state.jobs.forget_oldest():
+            state.bounds.reached("max_jobs")
+            for holder in ("job", "commit", "best"):
+                state.payloads.release_all(f"{holder}:{job.id}")
+            log.info("job_forgotten", job=job.id, ended_at=job.ended_at)
 
     def claim(self, session: Session, message: ClaimJob, now: float) -> None:
         """A controller wants a job, or says that its job's process died; a job process wants to know its job."""
@@ -80,9 +92,15 @@ class JobDesk:
                 raise FaultError("forbidden", f"this process runs job {session.hello.job}, not {job.id}")
             state.reply(session, claimed(job, message.ref))
         elif message.lost:
+            held = state.jobs.get(message.job)
+            if message.claim == held.claim and session.node != held.claimed_by[0]:
+                raise FaultError("forbidden", f"claim {held.claim} to job {held.id} was not given to {session.node}")
             job = state.jobs.lost(message.job, message.claim, message.lost, now, stopped=message.stopped)
             state.event(job.id, "process_lost", now, text=message.lost, data={"claim": message.claim})
             if job.ended:
+                state.bounds.reached(
+                    "max_crashes", message.claim == job.claim and job.crashes >= state.jobs.max_crashes
+                )
                 self.finished(job, now)
             if message.ref:
                 state.reply(session, Answer(message.ref, {"status": job.status}))
@@ -129,8 +147,7 @@ class JobDesk:
         """Open a gather, or go on with the one of this key behind the results that the process has."""
         state = self._state
         self._own(session, message.job, message.claim)
-        if len(pack(message.config)) > _MAX_CONFIG_BYTES:
-            raise FaultError("too_large", f"config of more than {_MAX_CONFIG_BYTES} bytes: send it as a payload")
+        self._check_bytes("config of a gather", message.config, "max_config_bytes")
         state.require(message.payload, message.fold)
         gather = state.ledger.open(message, names_in(tail, "sites"), now)
         for payload in gather.payload_ids() if gather.id in state.ledger.dirty_gathers else ():
@@ -219,8 +236,13 @@ class JobDesk:
         self._ended(job.id, job.status)
         log.info("job_ended", job=job.id, status=job.status, reason=job.reason[-500:])
 
-    def event(self, message: Event, now: float) -> None:
-        """Keep somebody's event."""
+    def event(self, session: Session, message: Event, now: float) -> None:
+        """Keep somebody's event; while the journal is full it is left out."""
+        if self._state.journal_full:
+            self._state.bounds.reached("journal_bytes")
+            return
+        if session.role == "executor" and message.site and message.site not in session.sites:
+            raise FaultError("forbidden", f"{session.node} does not serve {message.site}: its events are another's")
         check_plain(message.data, _SPARE_DEPTH)
         self._state.event(message.job, message.kind, now, site=message.site, text=message.text, data=message.data)
 
@@ -238,6 +260,12 @@ class JobDesk:
         payloads.release_all(f"part:{job.id}")
         if up_to_round is None:
             self._state.abandoned.update(self._state.quota.forget(job=job.id))
+
+    def _check_bytes(self, what: str, values: dict[str, Any], bound: str) -> None:
+        size, most = len(pack(values)), int(getattr(self._state.settings, bound))
+        if size > most:
+            text = f"{what} of {size} bytes; at most {most} ({bound}): send large values as a payload"
+            raise FaultError("too_large", text, bound=bound)
 
     def _own(self, session: Session, job_id: str, claim: int) -> Job:
         """The job, if this session is its process and the claim is the current one."""
@@ -268,6 +296,9 @@ def names_in(tail: bytes, key: str) -> tuple[str, ...]:
     if not isinstance(names, list):
         raise CodecError(f"the tail has no list {key!r}")
     for name in cast("list[Any]", names):
-        if not isinstance(name, str) or not 0 < len(name) <= 256:
-            raise CodecError(f"{key}: {name!r} is no name; names are text of 1 to 256 characters")
+        if not isinstance(name, str) or not 0 < len(name) <= 256 or not _FOLDER.fullmatch(name):
+            # it goes on to others in fields that refuse it, and becomes a folder's name there
+            raise CodecError(
+                f"{key}: {show(name)} is no name; 1 to 256 characters, no '/', '\\\\' or control, no '.' first"
+            )
     return tuple(cast("list[str]", names))

@@ -56,9 +56,12 @@ class Job:
 class Jobs:
     """All jobs, by id."""
 
-    def __init__(self, start_s: float = 60.0, max_jobs: int = 10_000) -> None:
+    def __init__(self, start_s: float = 60.0, max_jobs: int = 10_000, max_crashes: int = CRASHES_MAX) -> None:
         self.start_s = start_s
         self.max_jobs = max_jobs
+        self.max_crashes = max_crashes
+        #: jobs that were forgotten, for the journal
+        self.gone: list[JobId] = []
         self.jobs: dict[JobId, Job] = {}
         self.dirty: dict[JobId, Job] = {}
         self._active: dict[JobId, Job] = {}  # those that have not ended
@@ -108,14 +111,28 @@ class Jobs:
             raise FaultError("job_id", f"job id {job_id!r}; letters, digits, '.', '_' and '-' make one, at most 128")
         if job_id in self.jobs:
             raise FaultError("job_exists", f"job {job_id!r} was submitted before: choose another id, or none")
-        if len(self.jobs) >= self.max_jobs:
-            raise FaultError("too_many", f"{self.max_jobs} jobs are here (max_jobs): start with another store")
+        if len(self._active) >= self.max_jobs:
+            text = f"{self.max_jobs} jobs are here that have not ended (max_jobs): wait for some, or raise it"
+            raise FaultError("too_many", text, bound="max_jobs")
         job = Job(job_id, message.token, message.name, message.archive, dict(message.meta), now)
         self.jobs[job_id] = job
         self._active[job_id] = job
         self._tokens[message.token] = job_id
         self._touch(job)
         return job, True
+
+    def forget_oldest(self) -> list[Job]:
+        """Where there are more jobs than ``max_jobs``, those that ended first are forgotten; returns them."""
+        over = len(self.jobs) - self.max_jobs
+        if over <= 0:
+            return []
+        ended = sorted((job for job in self.jobs.values() if job.ended), key=lambda job: job.ended_at or 0.0)
+        for job in ended[:over]:
+            del self.jobs[job.id]
+            self._tokens.pop(job.token, None)
+            self.dirty.pop(job.id, None)
+            self.gone.append(job.id)
+        return ended[:over]
 
     # ------------------------------------------------------------ claims
 
@@ -164,7 +181,7 @@ class Jobs:
         self._touch(job)
         if stopped:
             job.available_at = now + _STOPPED_S  # its controller still has a claim open: its Bye comes first
-        elif job.crashes >= CRASHES_MAX:
+        elif job.crashes >= self.max_crashes:
             at = "its first round" if job.commit is None else f"the round after {job.commit.round}"
             self.finish(job, "FINISHED:FAILED", f"its process died {job.crashes} times in {at}; the last: {text}", now)
         else:

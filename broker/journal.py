@@ -149,7 +149,7 @@ class Journal:
         changed = (
             ledger.dirty_tasks or ledger.dirty_gathers or ledger.dirty_sites or ledger.fresh or ledger.released
             or ledger.rewrites or ledger.forgotten
-            or jobs.dirty or payloads.ops or events or records
+            or jobs.dirty or jobs.gone or payloads.ops or events or records
         )  # fmt: skip
         if not changed:
             return False
@@ -174,6 +174,7 @@ class Journal:
         ):
             changes.clear()
         jobs.dirty.clear()
+        jobs.gone.clear()
         payloads.ops.clear()
         return True
 
@@ -200,6 +201,10 @@ class Journal:
             "INSERT OR REPLACE INTO commits VALUES(?,?,?,?)",
             [(job, ordinal, commit.round, pack(commit.record)) for job, ordinal, commit in records],
         )
+        for job in jobs.gone:
+            self.event_seq.pop(job, None)
+            for table, key in (("jobs", "id"), ("commits", "job"), ("events", "job"), ("sites", "job")):
+                self._db.execute(f"DELETE FROM {table} WHERE {key}=?", (job,))  # noqa: S608 - names of our own
 
     def _save_ledger(self, ledger: Ledger) -> None:
         gone = [(gid,) for gid in ledger.released]
@@ -250,13 +255,13 @@ class Journal:
             [(e.job, e.seq, e.at, e.kind, e.site, e.text, pack(e.data)) for e in events],
         )
 
-    def trim_events(self, job: JobId, keep: int) -> None:
-        """Drop all but a job's newest ``keep`` events."""
+    def trim_events(self, job: JobId, keep: int) -> int:
+        """Drop all but a job's newest ``keep`` events; how many went."""
         with self._transaction():
-            self._db.execute(
+            return self._db.execute(
                 "DELETE FROM events WHERE job=? AND seq <= (SELECT max(seq) FROM events WHERE job=?) - ?",
                 (job, job, keep),
-            )
+            ).rowcount
 
     def _rewrite_results(self, gather: GatherId, kept: Iterable[int]) -> None:
         """After a loss: keep only these of a gather's results, numbered anew from 0."""
@@ -336,6 +341,14 @@ class Journal:
         return [
             EventRow(j, seq, at, kind, site, text, rows.plain(data)) for j, seq, at, kind, site, text, data in found
         ]
+
+    def size(self) -> int:
+        """The bytes of what the database holds; what was deleted is used again and does not count."""
+        pages, free, page_bytes = (
+            int(self._db.execute(f"PRAGMA {name}").fetchone()[0])
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        return (pages - free) * page_bytes
 
     def check(self) -> str:
         """SQLite's own integrity check: "ok", or what is wrong."""

@@ -15,12 +15,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..serialization.messages import Fail, GatherId, JobId, Site, TaskId, TaskRef
-from .gathers import MAX_FAILURE_TEXT, FreshResult, Gather, Task
+from .gathers import FreshResult, Gather, Task
 
 __all__ = ["Leases", "Limits", "Owner", "SiteState"]
-
-_KILLED_DEAD = 3
-_BACKOFF_MAX_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +26,11 @@ class Limits:
 
     max_tasks: int = 200_000  # tasks a gather
     max_gathers: int = 1_000  # gathers a job may have before it commits
+    max_job_tasks: int = 1_000_000  # tasks of all these gathers together
+    max_past: int = 4096  # committed gathers whose rounds are remembered, for results that come even later
+    max_killed: int = 3  # processes that a task may take down
+    max_failure_chars: int = 4096  # of a failure's text; its end is kept
+    max_backoff_s: float = 60.0
     retry_s: float = 1.0  # the first backoff; doubled with each try, jittered by half either way
 
 
@@ -150,8 +152,9 @@ class Leases(ABC):
             return
         for site in owner.sites:
             self._site_down(Site(site), now)
-        for tid in list(owner.leased):
-            self._requeue(self.tasks[tid], now, "executor_gone", f"{node} left", counted=not polite, delay=None)
+        mine = sorted((self.tasks[tid] for tid in owner.leased), key=lambda t: (t.gather, t.ordinal))
+        for task in mine:  # in an order that a set does not have: the same history draws the same backoffs
+            self._requeue(task, now, "executor_gone", f"{node} left", counted=not polite, delay=None)
 
     def _site_down(self, site: Site, now: float) -> None:
         self.node_of.pop(site, None)
@@ -180,7 +183,7 @@ class Leases(ABC):
             if gather.blocked:
                 continue
             task.attempt += 1
-            task.progress = 0.0
+            task.progress, task.counted = 0.0, False
             if not gather.spec.redo:
                 task.base = self.site_state(gather.job, task.site).version
             self._lease(task, owner, now, accepted=False)
@@ -246,8 +249,7 @@ class Leases(ABC):
                     owner.unaccepted -= 1
                 task.accepted = True
                 continue
-            ended = self.tasks.get(ref.task)
-            if ended is None or ended.status != "done" or ended.attempt != ref.attempt:
+            if not self._settled(owner, ref):
                 self._cancel_stale(node, ref)
         mine = [self.tasks.get(tid) for tid in owner.leased | self._unclaimed.pop(node, set())]
         lost = [t for t in mine if t and t.status == "leased" and t.owner == node and t.id not in kept]
@@ -256,17 +258,31 @@ class Leases(ABC):
             text = f"{node} does not hold it"
             self._requeue(task, now, "executor_restarted", text, counted=task.accepted, delay=None)
 
+    def _settled(self, owner: Owner, ref: TaskRef) -> bool:
+        """Whether this attempt's result is in, be its round over or not: its Stored was lost, its Done comes again."""
+        task = self.tasks.get(ref.task)
+        if task is not None:
+            return task.status == "done" and task.attempt == ref.attempt
+        name = f"{ref.task}.{ref.attempt}"
+        return any(
+            name in (state.attempt, state.version)
+            for (_, site), state in self.site_states.items()
+            if site in owner.sites
+        )
+
     def fail(self, node: str, message: Fail, now: float) -> bool:
         """An attempt failed; False where it was not current and nothing changed."""
         task = self.current(node, TaskRef(message.task, message.attempt))
         if task is None:
             return False
-        text = message.text[-MAX_FAILURE_TEXT:]
+        text = message.text[-self.limits.max_failure_chars :]
         task.killed += message.killed
-        if task.killed >= _KILLED_DEAD:
+        if task.killed >= self.limits.max_killed:
             self._end_bad(task, "dead", "killed", f"it took {task.killed} processes down; the last said: {text}", now)
         elif message.retryable:
             self._requeue(task, now, message.code, text, counted=True, delay=0.0)
+            if not task.ended:
+                task.owner = ""  # it gave the attempt up: said twice, this counts once
         else:
             self._end_bad(task, "failed", message.code, text, now)
         return True
@@ -288,19 +304,20 @@ class Leases(ABC):
         task.code, task.text = code, text or task.text
         self.dirty_tasks[task.id] = task
         if counted:
-            task.tries += 1
+            task.tries += not task.counted
+            task.counted = True
             if task.tries >= gather.spec.max_attempts:
                 said = f"; the last: {task.text}" if task.text else ""
                 self._end_bad(task, "dead", "max_attempts", f"{task.tries} attempts failed ({code}){said}", now)
                 return
             if delay == 0.0 or (delay is None and task.tries > 1):
-                delay = min(_BACKOFF_MAX_S, self.limits.retry_s * 2 ** min(task.tries - 1, 10))
+                delay = min(self.limits.max_backoff_s, self.limits.retry_s * 2 ** min(task.tries - 1, 10))
                 delay *= 0.5 + self._random.random()
         self.enqueue(task, now, delay or 0.0)
 
     def _end_bad(self, task: Task, status: Literal["failed", "dead"], code: str, text: str, now: float) -> None:
         gather = self.gathers[task.gather]
-        task.code, task.text = code, text[:MAX_FAILURE_TEXT]
+        task.code, task.text = code, text[: self.limits.max_failure_chars]
         gather.failed.append(task.id)
         self.bad_ends.append(task)
         self.end_task(gather, task, status)

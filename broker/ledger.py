@@ -30,8 +30,6 @@ from .leases import Leases, Limits, Owner, SiteState
 
 __all__ = ["Ledger", "Limits", "Owner", "SiteState"]
 
-_PAST = 4096
-
 
 class Ledger(Leases):
     """All gathers that are not committed yet, their tasks and leases."""
@@ -40,6 +38,7 @@ class Ledger(Leases):
         super().__init__(limits, seed)
         #: the rounds of gathers that were forgotten lately, for results that come even later
         self.past: OrderedDict[GatherId, int] = OrderedDict()
+        self.past_dropped = 0
 
     def open(self, message: OpenGather, sites: Sequence[str], now: float) -> Gather:
         """Open a gather, or find the one that is recorded under the same key.
@@ -57,11 +56,9 @@ class Ledger(Leases):
         if len(set(sites)) != len(sites):
             raise FaultError("sites", f"gather {message.name!r} names a site twice")
         if len(sites) > self.limits.max_tasks:
-            raise FaultError("too_many", f"{len(sites)} sites; a gather may have {self.limits.max_tasks} (max_tasks)")
-        if len(self.gathers_of(message.job)) >= self.limits.max_gathers:
-            raise FaultError(
-                "too_many", f"{self.limits.max_gathers} gathers since the last commit (max_gathers): commit"
-            )
+            text = f"{len(sites)} sites; a gather may have {self.limits.max_tasks} (max_tasks): ask fewer, or raise it"
+            raise FaultError("too_many", text, bound="max_tasks")
+        self._check_room(message, len(sites))
         gather = Gather(gid, strip(message), digest, tuple(Site(site) for site in sites), now)
         self.gathers[gid] = gather
         self.dirty_gathers[gid] = gather
@@ -73,6 +70,17 @@ class Ledger(Leases):
         else:
             self._try_start(gather, now)
         return gather
+
+    def _check_room(self, message: OpenGather, sites: int) -> None:
+        """One more gather of the job's, with so many tasks (0: not known yet)."""
+        limits, open_ = self.limits, self.gathers_of(message.job)
+        if len(open_) >= limits.max_gathers:
+            text = f"{len(open_)} gathers since the last commit; at most {limits.max_gathers} (max_gathers): commit"
+            raise FaultError("too_many", text, bound="max_gathers")
+        tasks = sum(len(gather.tasks) for gather in open_) + min(sites, message.sample or sites)
+        if tasks > limits.max_job_tasks:
+            text = f"{tasks} tasks since the last commit; at most {limits.max_job_tasks} (max_job_tasks): commit"
+            raise FaultError("too_many", text, bound="max_job_tasks")
 
     def _reopen(self, gather: Gather, message: OpenGather, digest: str, now: float) -> None:
         if gather.digest != digest:
@@ -101,7 +109,9 @@ class Ledger(Leases):
         late = now >= gather.opened_at + spec.rule.sites_s
         if connected >= (spec.rule.min_clients if late else max(spec.rule.min_clients, spec.sample)):
             sites = choose_sites(self.node_of, spec.sample, spec.seed, spec.round, spec.step)
-            self._start(gather, sites[: self.limits.max_tasks], now)
+            tasks = sum(len(other.tasks) for other in self.gathers_of(gather.job))
+            most = min(self.limits.max_tasks, self.limits.max_job_tasks - tasks)
+            self._start(gather, sites[: max(0, most)], now)
         elif late:
             reason = f"{connected} of {spec.rule.min_clients} sites connected within {spec.rule.sites_s:g} s"
             self._finish(gather, "failed", reason)
@@ -196,14 +206,16 @@ class Ledger(Leases):
             del self.gathers[gather.id]
             self.dirty_gathers.pop(gather.id, None)
             self.past[gather.id] = gather.spec.round
-            while len(self.past) > _PAST:
+            while len(self.past) > self.limits.max_past:
                 self.past.popitem(last=False)
+                self.past_dropped += 1
             for tid in gather.tasks:
                 self.tasks.pop(tid, None)
                 self.dirty_tasks.pop(tid, None)
             self.released.append(gather.id)
         ids = {g.id for g in gone}
         self.fresh = [f for f in self.fresh if f.gather not in ids]
+        self.rewrites = [r for r in self.rewrites if r[0] not in ids]
         return gone
 
     def forget_job(self, job: JobId) -> list[Gather]:

@@ -33,6 +33,8 @@ _DATA_HELLO_S = 2.5
 _DATA_PING_S = 1.0
 #: A request without an answer for so long, while the broker speaks, is said again: no request may wait for ever.
 _REPEAT_S = 10.0
+#: An answer that cannot be read so often is what the broker says.
+_MAX_UNREADABLE = 3
 #: A sequence number that is so far ahead, modulo 2^32, is behind.
 _BEHIND = 1 << 31
 
@@ -152,14 +154,20 @@ class Session:
         return True
 
     def _unreadable(self, frames: list[bytes], error: WireError) -> None:
-        """A message that cannot be read: whoever waits for it is told, since asking again would bring the same."""
+        """A message that cannot be read: it is asked for again, and whoever waits for it is told if that brings no other.
+
+        Raises:
+            LinkError: what was altered on the way comes again with a new connection.
+        """
         link = self.link
         refused = FaultError("malformed", f"the broker's answer cannot be read: {error}")
         ref = _ref_of(frames)
         request = link.requests.get(ref) if ref else None
         if request is not None:
-            request.fail(refused)
-            return
+            request.unreadable += 1
+            if request.unreadable >= _MAX_UNREADABLE:
+                request.fail(refused)
+                return
         log.error("message_unreadable", endpoint=link.endpoint, reason=str(error))
         link.note_unreadable(refused)
         raise LinkError(f"a message of the broker's cannot be read: {error}")

@@ -95,6 +95,7 @@ class Request:
     done: threading.Event = field(default_factory=threading.Event)
     answer: tuple[Message, Buffer] | None = None
     error: FaultError | None = None
+    unreadable: int = 0  # answers that could not be read
 
     def fail(self, error: FaultError) -> None:
         """There will be no answer."""

@@ -38,8 +38,12 @@ class StoreLock:
         except OSError as error:
             os.close(self._fd)
             raise StorageError(f"store {store} cannot be locked: {error}") from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            self.close()
+            raise StorageError(f"store {store} cannot be written: {error}") from None
 
     def close(self) -> None:
         """Let the store go; safe to call twice."""

@@ -15,6 +15,7 @@ from .state import BrokerState
 __all__ = ["PayloadDesk"]
 
 _LANDED = "landed"
+_RETRY_S = 1.0
 #: An upload that was admitted and not written to for so long has no room kept any more.
 _IDLE_S = 600.0
 
@@ -32,6 +33,7 @@ class PayloadDesk:
             FaultError: too large, another payload of that id, a digest that does not hold, a stale attempt.
         """
         ref = message.payload
+        self._check_own(session, message)
         if not self._state.payloads.has(ref):
             if ref.size > INLINE_BYTES or len(tail) != ref.size:
                 raise FaultError(
@@ -45,7 +47,10 @@ class PayloadDesk:
             quota = self._state.quota
             if session.role != "job" and quota.total and quota.used + ref.size > quota.total:
                 quota.refused += 1
-                raise FaultError("quota", f"the spool's quota of {quota.total} bytes is taken: try again later")
+                text = (
+                    f"{quota.used} bytes of the spool's quota of {quota.total} (quota_bytes) are taken: try again later"
+                )
+                raise FaultError("quota", text, bound="quota_bytes")
             ref = PayloadRef(ref.id, ref.size, digest, ref.type)
             try:
                 self._state.spool.store(ref.id, [tail])
@@ -72,11 +77,20 @@ class PayloadDesk:
             raise FaultError("size", f"payload {row.id} has {row.size} bytes: get it on the data link")
         self._state.reply(session, Stored(message.stream, message.ref, row), data)
 
-    def from_data(self, message: Put, now: float) -> Message | None:
-        """The data process asks whether a payload may come, or says that it has landed; the answer goes to it."""
+    def from_data(self, message: Put, now: float, session_id: str = "") -> Message | None:
+        """The data process asks whether a payload may come, or says that it has landed; the answer goes to it.
+
+        Args:
+            session_id: whose payload it is, when it asks.
+        """
         ref = message.payload
         payloads = self._state.payloads
+        session = self._state.sessions.by_id.get(session_id)
         try:
+            if session is not None:
+                self._check_own(session, message)
+            elif session_id:
+                return Abort(message.stream, "session", "the session of this Put is over: say Hello again", _RETRY_S)
             if payloads.has(ref):
                 payloads.hold(ref.id, self._holder(message, "executor" if message.task else ""), now)
                 return Stored(message.stream, payload=payloads.rows[ref.id])
@@ -88,7 +102,8 @@ class PayloadDesk:
                 own = bool(message.claim) and not message.task
                 wait_s = self._state.quota.admit(ref, now, job=message.job, task=message.task, own=own)
                 if wait_s is not None:
-                    text = f"the spool's quota of {self._state.quota.total} bytes is taken: wait for a round to end"
+                    quota = self._state.quota
+                    text = f"{quota.used} bytes of the spool's quota of {quota.total} are taken: wait for your turn"
                     return Abort(message.stream, "quota", text, wait_s)
                 return Grant(message.stream, 0, 0, 0)
             if not self._state.spool.exists(ref.id, ref.size):
@@ -96,6 +111,8 @@ class PayloadDesk:
         except (FaultError, PayloadError) as error:
             code = error.code if isinstance(error, FaultError) else "payload_id"
             self._state.counters[f"put.{code}"] += 1
+            if isinstance(error, FaultError) and error.bound:
+                self._state.bounds.reached(error.bound)
             self._state.quota.landed(ref.id)
             if message.local == _LANDED and ref.id not in payloads.rows and code != "payload_id":
                 payloads.doomed[ref.id] = None  # its file is in the spool, and will never have a row
@@ -116,6 +133,27 @@ class PayloadDesk:
             state.quota.landed(payload)
             if written is not None:
                 state.abandoned.add(payload)
+
+    def _check_own(self, session: Session, message: Put) -> None:
+        """Only an attempt's owner puts its result, only a claim's process puts for its job; ids are not forged.
+
+        Raises:
+            FaultError: ``forbidden``, ``payload_id``.
+        """
+        ref = message.payload
+        if ref.id.startswith("r-") and ref.id != f"r-{message.task}.{message.attempt}":
+            raise FaultError("payload_id", f"payload id {ref.id} is kept for the result of that attempt")
+        if message.task:
+            task = self._state.ledger.tasks.get(message.task)
+            current = task is not None and task.attempt == message.attempt and not task.ended
+            if session.role != "executor" or (current and task is not None and task.owner != session.node):
+                raise FaultError("forbidden", f"{session.node} does not work on task {message.task}")
+        elif message.claim:
+            self._state.jobs.get(message.job)
+            if (session.hello.job, session.hello.claim) != (message.job, message.claim):
+                raise FaultError("forbidden", f"{session.node} does not run job {message.job} under {message.claim}")
+        elif message.job and session.role != "executor":
+            raise FaultError("forbidden", f"a {session.role} puts a job's payload under its claim, or without a job")
 
     def _holder(self, message: Put, role: str) -> str:
         """Who holds a payload until it is used.

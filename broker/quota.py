@@ -2,31 +2,81 @@
 
 Counted are the payloads that have rows, and those that were admitted and are on their way. For each job that has a
 model in the spool a reserve is kept that uploads can never take: two checkpoints (int64 sums, so twice a float32
-model until a larger one was seen) and the next model. So a full spool cannot deadlock a round: the job's process can
-always store the checkpoint that frees the results which it covers.
+model unless the job says more), or one beside the next model and state. So a full spool cannot deadlock a round: the
+job's process can always store the checkpoint that frees the results which it covers.
+
+Uploads of a job that have to wait keep their turn: a later one comes in only where all before it would fit as well.
+They are told to ask again the sooner the nearer their turn is, so that many who wait do not ask all the time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 
 from ..serialization.errors import FaultError
 from ..serialization.messages import JobId, PayloadId, PayloadRef, TaskId
+from .bounds import Bounds
 from .jobs import Job, Jobs
 from .ledger import Ledger
 from .payloads import PayloadTable
 
-__all__ = ["RETRY_S", "Admission", "Quota"]
+__all__ = ["RETRY_S", "Admission", "Needs", "Quota"]
 
-#: What refused senders are told to wait.
+#: What those are told to wait that have no turn.
 RETRY_S = 1.0
-#: A checkpoint's size in models, as long as none was seen.
+#: What uploads are told to wait: the next one, each one further behind so much more, and at most so long, or a
+#: hundredth of a second for each that waits.
+_FIRST_RETRY_S = 0.1
+_STEP_S = 0.02
+_LAST_RETRY_S = 5.0
+_SHARE_S = 0.01
+#: A turn is kept for one that does not ask again for so long beyond twice what it was told.
+_PATIENCE_S = 5.0
+#: A checkpoint's size in models, where the job does not say it and none was seen.
 _CHECKPOINT_MODELS = 2
-#: What a round needs beside the reserve: the model, the best one, a checkpoint's worth of results and the next of them.
-_ROUND_MODELS = 7
-#: That and the reserve: two checkpoints and the next model.
-_MODELS = _ROUND_MODELS + 2 * _CHECKPOINT_MODELS + 1
 _PARTIAL = "p-"
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a job's payloads weigh, as far as it is known."""
+
+    model: int
+    checkpoint: int = 0  # an aggregate of results: 8 bytes a number
+    state: int = 0  # committed beside the model: float32 masters of one with 16-bit tensors
+    rounds: int = 0  # 0: not known
+
+    @staticmethod
+    def of(meta: dict[str, object], model: int) -> Needs:
+        """Of a submission's meta."""
+        checkpoint, state, rounds = (
+            value if isinstance(value := meta.get(key), int) and 0 <= value < 1 << 62 else 0
+            for key in ("checkpoint_bytes", "state_bytes", "rounds")
+        )
+        return Needs(model, max(checkpoint, _CHECKPOINT_MODELS * model), state, rounds)
+
+    @property
+    def reserve(self) -> int:
+        """What uploads can never take: a checkpoint beside the one before, or beside the next model and state."""
+        return self.checkpoint + max(self.checkpoint, self.model + self.state)
+
+    @property
+    def round(self) -> int:
+        """What a round needs to come to its end: its model, the best and the state before, the reserve, a result."""
+        before = self.model + self.state if self.rounds != 1 else 0
+        return self.model + before + self.reserve + self.model
+
+
+@dataclass(slots=True)
+class _Turn:
+    """An upload that waits for room."""
+
+    number: int
+    size: int
+    job: str
+    task: str
+    until: float  # when it counts as gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +91,27 @@ class Admission:
 
 
 class Quota:
-    """The spool's bytes; ``total`` 0 is no bound."""
+    """The spool's bytes; ``total`` 0 is no bound, as are 0 ``site_bytes`` of one site's results."""
 
-    def __init__(self, total: int, payloads: PayloadTable, jobs: Jobs, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        total: int,
+        payloads: PayloadTable,
+        jobs: Jobs,
+        ledger: Ledger,
+        bounds: Bounds | None = None,
+        *,
+        site_bytes: int = 0,
+        max_turns: int = 10_000,
+    ) -> None:
         self.total = total
+        self.site_bytes = site_bytes
+        self.max_turns = max_turns
+        self.bounds = bounds or Bounds()
         self.admitted: dict[PayloadId, Admission] = {}
+        #: uploads that wait for room, in the order in which they asked first
+        self.turns: OrderedDict[PayloadId, _Turn] = OrderedDict()
+        self._number = 0
         self.refused = 0
         self._coming = 0
         self._payloads = payloads
@@ -71,7 +137,14 @@ class Quota:
         Raises:
             FaultError: ``quota``: it can never fit.
         """
-        if not self.total or ref.id in self.admitted:
+        if ref.id in self.admitted:
+            return None
+        if task and self._site_full(ref, task):
+            self._refused("site_bytes")  # it takes no turn: the others of its job need not wait for this site
+            return RETRY_S
+        if not self.total:
+            if task and self.site_bytes:
+                self._admit(Admission(ref, job, task, own, now))
             return None
         if own and ref.id.startswith(_PARTIAL):
             self._checkpoints[JobId(job)] = max(ref.size, self._checkpoints.get(JobId(job), 0))
@@ -79,48 +152,119 @@ class Quota:
         model = self.model_bytes(mine) if mine is not None else 0
         if mine is not None and not model and not ref.id.startswith(_PARTIAL):
             # its first model: the job starts to count, so its reserve must fit beside those of the others
-            self.check_fit(mine.archive.size, ref.size)
-            needed = self.needed(0, ref.size)
+            needs = Needs.of(mine.meta, ref.size)
+            self.check_fit(mine.archive.size, needs)
+            needed = needs.round
         else:
             needed = ref.size
         if ref.size > self.total:
-            raise FaultError("quota", f"payload of {ref.size} bytes; the spool's quota is {self.total} (quota_bytes)")
+            text = f"payload of {ref.size} bytes; the spool's quota is {self.total} (quota_bytes)"
+            raise FaultError("quota", text, bound="quota_bytes")
         others = sum(self._reserve(other) for other in self._jobs.active() if other is not mine)
-        if self.used + needed + others > self.total:
+        room = self.total - self.used - others
+        if mine is None and not self._is_next(ref, job, room, now):
+            return self._wait(ref, now, job, task)
+        if needed > room:
             if needed != ref.size and not others and not self._coming:
                 raise FaultError(
                     "quota",
                     f"the job needs {needed} bytes in the spool; {self.used} of the quota of {self.total} are taken by"
                     " jobs that have ended: raise quota_bytes, or use another --store",
+                    bound="quota_bytes",
                 )
-            self.refused += 1
+            self._refused("quota_bytes")
             return RETRY_S
-        self.admitted[ref.id] = Admission(ref, job, task, own, now)
-        self._coming += ref.size
+        self._admit(Admission(ref, job, task, own, now))
         return None
 
-    def check_fit(self, archive_bytes: int, model_bytes: int) -> None:
+    def check_fit(self, archive_bytes: int, needs: Needs) -> None:
         """A job with such a model must fit into the quota, were it alone.
 
         Raises:
             FaultError: ``quota``, with the figures.
         """
-        needed = self.needed(archive_bytes, model_bytes)
+        needed = archive_bytes + needs.round
         if self.total and needed > self.total:
             raise FaultError(
                 "quota",
-                f"a job with a model of {model_bytes} bytes needs {needed} in the spool (its archive of"
-                f" {archive_bytes}, and {_MODELS} times the model: the models before and after a round, two"
-                f" checkpoints, and results); the quota is {self.total}: raise quota_bytes",
+                f"a job with a model of {needs.model} bytes needs {needed} in the spool: its archive of"
+                f" {archive_bytes}, the models before and after a round, two checkpoints of {needs.checkpoint}, and a"
+                f" result; the quota is {self.total}: raise quota_bytes",
+                bound="quota_bytes",
             )
 
-    @staticmethod
-    def needed(archive_bytes: int, model_bytes: int) -> int:
-        """What a job with such a model needs to come to its end."""
-        return archive_bytes + _MODELS * model_bytes
+    def _admit(self, admission: Admission) -> None:
+        self.turns.pop(admission.payload.id, None)
+        self.admitted[admission.payload.id] = admission
+        self._coming += admission.payload.size
+
+    def _refused(self, bound: str) -> None:
+        self.refused += 1
+        self.bounds.reached(bound)
+
+    # ------------------------------------------------------------ turns
+
+    def _is_next(self, ref: PayloadRef, job: str, room: int, now: float) -> bool:
+        """Whether there is room for this one behind all of its job that came before it and still wait."""
+        needed = ref.size
+        for payload, turn in list(self.turns.items()):
+            if payload == ref.id or needed > room:
+                break
+            if turn.until < now:
+                del self.turns[payload]
+            elif turn.job == job:
+                needed += turn.size
+        return needed <= room
+
+    def _wait(self, ref: PayloadRef, now: float, job: str, task: str) -> float:
+        """Keep its turn; returns when to ask again."""
+        self._refused("quota_bytes")
+        turn = self.turns.get(ref.id)
+        if turn is None:
+            self._number += 1
+            turn = _Turn(self._number, ref.size, job, task, 0.0)
+            if len(self.turns) < self.max_turns:
+                self.turns[ref.id] = turn
+            else:
+                self.bounds.reached("max_turns")
+        first = next(iter(self.turns.values()), turn)
+        behind = _FIRST_RETRY_S + _STEP_S * (turn.number - first.number)
+        wait_s = min(behind, max(_LAST_RETRY_S, _SHARE_S * len(self.turns)))
+        turn.until = now + 2 * wait_s + _PATIENCE_S
+        return wait_s
+
+    def _site_full(self, ref: PayloadRef, task: str) -> bool:
+        """Whether the task's site has as much in the spool as one site may.
+
+        Raises:
+            FaultError: ``quota``: it can never fit.
+        """
+        known = self._ledger.tasks.get(TaskId(task))
+        if not self.site_bytes or known is None:
+            return False
+        if ref.size > self.site_bytes:
+            text = f"payload of {ref.size} bytes; a site may have {self.site_bytes} in the spool (site_bytes)"
+            raise FaultError("quota", text, bound="site_bytes")
+        return self.site_used(known.site) + ref.size > self.site_bytes
+
+    def site_used(self, site: str) -> int:
+        """The bytes of a site's results that are here, or may come."""
+        rows, tasks = self._payloads.rows, self._ledger.tasks
+        coming = (
+            a.payload for a in self.admitted.values() if a.task and (t := tasks.get(TaskId(a.task))) and t.site == site
+        )
+        used = sum(ref.size for ref in coming)
+        for gather in self._ledger.gathers.values():
+            for result in gather.results:
+                if result.site == site and result.payload is not None and result.payload.id in rows:
+                    used += result.payload.size
+        return used
+
+    # ------------------------------------------------------------ what came of it
 
     def landed(self, payload: PayloadId) -> None:
         """It has its row, or will not come."""
+        self.turns.pop(payload, None)
         known = self.admitted.pop(payload, None)
         if known is not None:
             self._coming -= known.payload.size
@@ -130,6 +274,8 @@ class Quota:
         gone = [i for i, a in self.admitted.items() if (job and a.job == job and not a.task) or a.task in tasks]
         for payload in gone:
             self.landed(payload)
+        for payload in [i for i, t in self.turns.items() if (job and t.job == job) or t.task in tasks]:
+            del self.turns[payload]
         return gone
 
     # ------------------------------------------------------------ reserves
@@ -152,12 +298,13 @@ class Quota:
         model = self.model_bytes(job)
         if not model:
             return 0
-        checkpoint = max(_CHECKPOINT_MODELS * model, self._checkpoints.get(job.id, 0))
+        needs = Needs.of(job.meta, model)
+        needs = replace(needs, checkpoint=max(needs.checkpoint, self._checkpoints.get(job.id, 0)))
         holders = [f"put:{job.id}", *(f"checkpoint:{g.id}" for g in self._ledger.gathers_of(job.id))]
         kept = {payload for holder in holders for payload in self._payloads.held_by(holder)}
         taken = sum(self._payloads.rows[payload].size for payload in kept if self._is_extra(payload))
         taken += sum(a.payload.size for a in self.admitted.values() if a.own and a.job == job.id)
-        return max(0, 2 * checkpoint + model - taken)
+        return max(0, needs.reserve - taken)
 
     def _is_extra(self, payload: PayloadId) -> bool:
         """Whether a payload is none of those that a round has anyway: the model it starts from, the last commit's."""

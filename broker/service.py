@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -60,6 +60,7 @@ class BrokerConfig:
     start_s: float = 30.0
     retry_s: float = 1.0
     quota_bytes: int = 0  # 0: four fifths of the disk's free space at the start, and what the store holds
+    bounds: Mapping[str, int | float] = field(default_factory=dict[str, int | float])  # further ones, see `options`
 
     def control(self) -> ControlConfig:
         """For the control loop; a wildcard port becomes a concrete one here, since the data link's is next to it."""
@@ -67,6 +68,7 @@ class BrokerConfig:
         data_bind = self.data_bind or data_endpoint_for(bind)
         internal = internal_endpoint(self.store)
         fields: dict[str, Any] = asdict(self)
+        fields |= {name: value for name, value in self.bounds.items() if name in fields}
         fields |= {"store": self.store.absolute(), "bind": bind, "data_bind": data_bind, "internal": internal}
         return ControlConfig(**fields)
 
@@ -83,6 +85,7 @@ def data_config(control: ControlConfig, parent: int = 0) -> DataConfig:
         chunk_bytes=control.chunk_bytes,
         window=control.window,
         trust_local=control.local,
+        bounds=control.bounds,
         parent=parent,
     )
 

@@ -36,6 +36,8 @@ class Timing:
     outbox_messages: int = 1024
     outbox_bytes: int = 32 * 1024 * 1024
     max_sessions: int = 20_000
+    max_waiting: int = 1024  # Hellos that wait for an older boot's death
+    max_strikes: int = 8  # messages of a session that cannot be read, until it ends
 
 
 @dataclass(slots=True)
@@ -157,12 +159,17 @@ class Sessions:
         rivals = self._rivals(hello, names)
         alive = [s for s in rivals if s.lost_at is None or now - s.lost_at < self.timing.takeover_s]
         if alive:
+            most = self.timing.max_waiting
+            if peer not in self._waiting and len(self._waiting) >= most:
+                text = f"{most} peers wait for a name that is in use (max_waiting): try later"
+                raise FaultError("too_many", text, bound="max_waiting")
             self._waiting[peer] = _Waiting(peer, hello, names, payload, now)
             for session in alive:
                 session.probed_at = 0.0  # ask at once whether its connection still stands
             return Arrival("wait")
         if len(self.by_id) - len(rivals) >= self.timing.max_sessions:
-            raise FaultError("too_many", f"{self.timing.max_sessions} sessions are open (max_sessions): try later")
+            text = f"{self.timing.max_sessions} sessions are open (max_sessions): end some, or raise it"
+            raise FaultError("too_many", text, bound="max_sessions")
         for session in rivals:
             self.end(session)
         session = Session(secrets.token_hex(16), hello, names, peer, now, self.timing, ready=self.ready)
@@ -231,9 +238,9 @@ class Sessions:
         return out
 
     @property
-    def waiting(self) -> bool:
-        """Whether Hellos wait for a decision."""
-        return bool(self._waiting)
+    def waiting(self) -> int:
+        """How many Hellos wait for a decision."""
+        return len(self._waiting)
 
     # ------------------------------------------------------------ life
 

@@ -38,7 +38,8 @@ def settle(
     gather = ledger.gathers.get(done.gather)
     if gather is None or gather.job != done.job:
         for item in done.items:
-            if ledger.site_state(done.job, item.site).attempt == f"{item.task}.{item.attempt}":
+            state = ledger.site_state(done.job, item.site)
+            if f"{item.task}.{item.attempt}" in (state.attempt, state.version):
                 out.stored.append(TaskRef(item.task, item.attempt))  # it was settled; its Stored was lost on the way
                 continue
             out.refused.append(Refusal(item.task, item.attempt, "closed", "its round is over"))

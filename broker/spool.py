@@ -40,6 +40,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _MAX_ID = 128
 #: Endings that belong to uploads in progress; a local peer's file may not have them.
 PART = ".part"
+#: What `Spool.store` writes begins with this.
+_WHOLE = "w-"
 BLOCKS = ".blocks"
 
 
@@ -181,7 +183,7 @@ class Spool:
         Raises:
             StorageError: the disk refused.
         """
-        name = f"w-{os.getpid()}-{secrets.token_hex(8)}"
+        name = f"{_WHOLE}{os.getpid()}-{secrets.token_hex(8)}"
         size = 0
         try:
             fd = self.open_incoming(name)
@@ -216,7 +218,12 @@ class Spool:
         return size
 
     def sweep(self, known: Collection[str]) -> list[str]:
-        """Remove payloads that no row knows; their ids. For the start, before anyone is answered."""
+        """Remove payloads that no row knows; their ids. For the start, before anyone is answered.
+
+        What `store` had not finished goes too: nobody else writes files of that name.
+        """
+        for path in self.incoming.glob(f"{_WHOLE}*"):
+            path.unlink(missing_ok=True)
         gone: list[str] = []
         for path in self._payload_files():
             if path.name not in known:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
-from ..serialization.codec import CodecError, pack
+from ..serialization.codec import CodecError, check_plain, pack
 from ..serialization.messages import (
     Accept,
     Assign,
@@ -19,6 +20,7 @@ from ..serialization.messages import (
     Progress,
     Refusal,
     Stored,
+    TaskId,
     TaskRef,
 )
 from .gathers import Gather, Task
@@ -30,12 +32,12 @@ __all__ = ["TaskDesk"]
 
 _MAX_CANCELS = 256
 _SLICE = 256
-#: Of one result's plain side: what comes in must fit into the message that goes on, with its number.
-_MAX_META_BYTES = 60 * 1024
 #: What one item takes in a message: keys and numbers, a task id, and text of at most four bytes a character.
 _REF_BYTES = 100
 _ITEM_BYTES = 200
 _TOLD_ENDED = 64
+#: A round's record holds a result's metrics deeper than its Done does, inside of a commit.
+_RECORD_DEPTH = 6
 
 
 class TaskDesk:
@@ -103,8 +105,9 @@ class TaskDesk:
             CodecError: sizes that do not add up.
         """
         state = self._state
-        if any(len(pack(item.meta)) > _MAX_META_BYTES for item in message.items):
-            self._too_large(session, message, now)
+        unfit = next((text for item in message.items if (text := self._unfit(item.meta))), "")
+        if unfit:
+            self._refuse_all(session, message, unfit, now)
             return
         try:
             outcome = settle(state.ledger, session.node, message, tail, state.payloads.has, now)
@@ -117,14 +120,14 @@ class TaskDesk:
         for ref in outcome.stored:
             state.payloads.release_all(f"task:{ref.task}")
         for item in message.items:
-            if item.payload is not None and item.payload.id in outcome.unused:
+            if item.payload is not None and item.payload.id in outcome.unused and self._mine(session, item.task):
                 # only its own: another attempt's result may wait for its Done under the same holder
                 state.payloads.release(item.payload.id, f"task:{item.task}")
         for payload in [*outcome.unused, *keep]:
             state.payloads.release(payload, f"part:{message.job}")
         recorded = [r for r in outcome.refused if r.code != "conflict"]
         round_ = state.late(message.job, message.gather, sum(not r.requeued for r in recorded))
-        sites = {item.task: item.site for item in message.items}
+        sites = {item.task: item.site for item in message.items if item.site in session.sites}
         for refusal in outcome.refused:
             state.counters[f"refused.{refusal.code}"] += 1
         for refusal in recorded:
@@ -133,15 +136,31 @@ class TaskDesk:
             state.event(message.job, "result_refused", now, site=site, text=refusal.reason, data=data)
         self._stored(session, outcome.stored, outcome.refused)
 
-    def _too_large(self, session: Session, message: Done, now: float) -> None:
-        """A result whose metadata no message to the job can hold is the task's failure, and so said."""
+    def _unfit(self, meta: dict[str, Any]) -> str:
+        """Why no message to the job, and no record of its round, can hold a result's metadata; "" where they can."""
+        most = self._state.settings.max_result_meta_bytes
+        if len(pack(meta)) > most:  # what comes in must fit into the message that goes on, with its number
+            self._state.bounds.reached("max_result_meta_bytes")
+            return f"the result's metadata is over {most} bytes (max_result_meta_bytes): put large values into params"
+        try:
+            check_plain(meta, _RECORD_DEPTH)
+        except CodecError as error:
+            return f"the result's metadata: {error}"
+        return ""
+
+    def _refuse_all(self, session: Session, message: Done, text: str, now: float) -> None:
+        """Results whose metadata does not fit are their tasks' failures, and so said."""
         refused: list[Refusal] = []
         for item in message.items:
-            text = f"the result's metadata is over {_MAX_META_BYTES} bytes: put large values into params"
-            self._state.ledger.fail(session.node, Fail(item.task, item.attempt, "too_large", text), now)
-            self._state.payloads.release_all(f"task:{item.task}")
+            if self._state.ledger.fail(session.node, Fail(item.task, item.attempt, "too_large", text), now):
+                self._state.payloads.release_all(f"task:{item.task}")
             refused.append(Refusal(item.task, item.attempt, "too_large", text))
         self._stored(session, [], refused)
+
+    def _mine(self, session: Session, task_id: str) -> bool:
+        """Whether a task is not another executor's now, whose payload may wait for its Done."""
+        task = self._state.ledger.tasks.get(TaskId(task_id))
+        return task is None or task.ended or task.owner == session.node
 
     def _stored(self, session: Session, stored: list[TaskRef], refused: list[Refusal]) -> None:
         for tasks in batches(stored, lambda _: _REF_BYTES):

@@ -24,7 +24,11 @@ class Limits:
     max_payload_bytes: int = 1 << 40
     max_streams: int = 256  # uploads at a time, and as many downloads
     max_streams_per_peer: int = 64
-    max_sessions: int = 65536
+    window_bytes: int = 256 * 1024**2  # chunks under way of all uploads together; each has one chunk at least
+    max_peers: int = 65536  # sessions, and Hellos that wait for theirs
+    peer_outbox_messages: int = 1024  # for a peer whose socket is full; then it is dropped and comes again
+    control_outbox_messages: int = 1024  # for a control process that is away; the oldest go, since all is asked again
+    max_ended: int = 4096  # streams that ended lately, whose late chunks get no answer each
     stall_s: float = 30.0  # a stream without a new chunk for so long ends; its partial file stays
     resend_s: float = 10.0  # of downloads
     linger_s: float = 5.0  # how long a download that was sent whole waits for the peer's last grant

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -17,11 +18,13 @@ from ..serialization.messages import (
     Abort,
     Bye,
     Chunk,
+    Event,
     Fault,
     Finish,
     Get,
     Grant,
     Hello,
+    JobId,
     Packet,
     Ping,
     Pong,
@@ -29,8 +32,10 @@ from ..serialization.messages import (
     Stored,
     Welcome,
 )
+from .bounds import Bounds, Figure, to_plain
 from .downloads import Downloads
 from .spool import Landing, Spool
+from .strikes import Strikes
 from .transferlimits import CONTROL, Limits, Outgoing
 from .uploads import Uploads
 
@@ -38,8 +43,8 @@ __all__ = ["CONTROL", "Limits", "Outgoing", "Transfers"]
 
 log = structlog.get_logger(__name__)
 
-#: Streams that ended lately: chunks of theirs that were on the way get no answer each.
-_ENDED = 4096
+#: How often the figures of the bounds are told to control, where they have changed.
+_FIGURES_S = 1.0
 #: How long a peer's Hello waits before control is asked whether it forgot to tell us of the session.
 _ASK_SESSIONS_S = 0.5
 
@@ -76,8 +81,12 @@ class Transfers:
         self._peers: dict[str, bytes] = {}  # the other way round
         self._waiting: OrderedDict[bytes, _Waiting] = OrderedDict()
         self._ended: OrderedDict[tuple[bytes, str], None] = OrderedDict()
+        self.bounds = Bounds()
+        self._told: dict[str, Any] = {}  # what control knows of the bounds
+        self._told_at = 0.0
         self._faults_left = float(limits.faults_per_s)
         self._faults_at = 0.0
+        self.strikes: Strikes[bytes] = Strikes()
         #: Messages that broke the protocol, by what they were; for logs and tests.
         self.refused: dict[str, int] = {}
         self.uploads = Uploads(
@@ -87,8 +96,9 @@ class Transfers:
             land=lambda key, landing: self._landings.append((key, landing)),
             next_epoch=next_epoch,
             boot=boot,
+            bounds=self.bounds,
         )
-        self.downloads = Downloads(spool, limits, send=self._send)
+        self.downloads = Downloads(spool, limits, send=self._send, bounds=self.bounds)
 
     # ------------------------------------------------------------ in
 
@@ -101,6 +111,8 @@ class Transfers:
     def on_peer(self, route: bytes, packet: Packet, now: float) -> None:
         """A message off the data link."""
         message = packet.message
+        if self._boxed(route, now):
+            return
         if isinstance(message, Hello):
             self._hello(route, message, now)
             return
@@ -122,7 +134,7 @@ class Transfers:
                     self.malformed(route, WireError("a Put on the data link names its stream in 32 hex digits"), now)
                     return
                 self._ended.pop((route, message.stream), None)
-                self.uploads.on_put(route, message, now)
+                self.uploads.on_put(route, message, now, self._routes[route])
             case Get():
                 if not _is_stream(message.stream):
                     self.malformed(route, WireError("a Get on the data link names its stream in 32 hex digits"), now)
@@ -147,10 +159,25 @@ class Transfers:
 
     def malformed(self, route: bytes, error: WireError, now: float) -> None:
         """A peer sent what cannot be read, or does not belong here."""
+        if self._boxed(route, now):
+            return
         name = type(error).__name__
         self.refused[name] = self.refused.get(name, 0) + 1
         log.warning("malformed", error=str(error), count=self.refused[name])
-        self._fault(route, "malformed", str(error), now)
+        if not self.strikes.strike(route, now):
+            self._fault(route, "malformed", str(error), now)
+            return
+        limits = self.strikes.limits
+        text = f"{error}; {limits.strikes} such messages: nothing more is taken from this connection: say Hello anew"
+        self._fault(route, "session", text, now, force=True)
+        self.lost(route)
+
+    def _boxed(self, route: bytes, now: float) -> bool:
+        """Whether nothing is taken from this connection any more; its peer heals with a new one."""
+        boxed = self.strikes.boxed(route, now) > 0
+        if boxed:
+            self.refused["boxed"] = self.refused.get("boxed", 0) + 1
+        return boxed
 
     def on_control(self, packet: Packet, now: float) -> None:
         """A message of the control process."""
@@ -185,8 +212,16 @@ class Transfers:
         self.uploads.lost(route)
         self.downloads.lost(route)
 
-    def tick(self, now: float) -> None:
-        """Let time pass: repeats, stalls, Hellos that waited too long."""
+    def tick(self, now: float, outbox: int = 0) -> None:
+        """Let time pass: repeats, stalls, Hellos that waited too long.
+
+        Args:
+            outbox: messages in the fullest peer's outbox.
+        """
+        self.bounds.tick(now)
+        if now - self._told_at >= _FIGURES_S:
+            self._told_at = now
+            self._tell_figures(outbox)
         self.uploads.tick(now)
         self.downloads.tick(now)
         for route, waiting in list(self._waiting.items()):
@@ -227,8 +262,12 @@ class Transfers:
     def _hello(self, route: bytes, hello: Hello, now: float) -> None:
         if hello.session in self._sessions:
             self._adopt(route, hello.session)
-        elif len(self._waiting) < self.limits.max_sessions:
+        elif route in self._waiting or len(self._waiting) < self.limits.max_peers:
             self._waiting.setdefault(route, _Waiting(hello, now)).hello = hello
+        else:
+            self.bounds.reached("max_peers")
+            text = f"{self.limits.max_peers} peers wait for their sessions (max_peers): try later"
+            self._fault(route, "too_many", text, now)
 
     def _session(self, welcome: Welcome, now: float) -> None:
         if welcome.epoch != self._control_epoch:
@@ -242,7 +281,8 @@ class Transfers:
                     self._fault(route, "session", "the broker was restarted: say Hello again", now, force=True)
                     self.lost(route)
         self._sessions[welcome.session] = welcome
-        while len(self._sessions) > self.limits.max_sessions:
+        while len(self._sessions) > self.limits.max_peers:
+            self.bounds.reached("max_peers")
             self._sessions.popitem(last=False)
         for route, waiting in list(self._waiting.items()):
             if waiting.hello.session == welcome.session:
@@ -265,6 +305,28 @@ class Transfers:
         )
         self._send(Outgoing(route, answer))
 
+    def figures(self, outbox: int = 0) -> dict[str, Figure]:
+        """What each bound of this process allows, what is there, and how often it was reached."""
+        limits, counts = self.limits, self.bounds.counts
+        found = {
+            "max_streams": (limits.max_streams, max(len(self.uploads), len(self.downloads))),
+            "max_streams_per_peer": (limits.max_streams_per_peer, self.uploads.most_of_a_peer),
+            "window_bytes": (limits.window_bytes, self.uploads.window_bytes),
+            "max_payload_bytes": (limits.max_payload_bytes, 0),
+            "max_peers": (limits.max_peers, max(len(self._sessions), len(self._waiting))),
+            "peer_outbox_messages": (limits.peer_outbox_messages, outbox),
+            "control_outbox_messages": (limits.control_outbox_messages, 0),
+            "max_ended": (limits.max_ended, len(self._ended)),
+            "faults_per_s": (limits.faults_per_s, max(0, int(limits.faults_per_s - self._faults_left))),
+        }
+        return {name: Figure(limit, used, counts[name]) for name, (limit, used) in found.items()}
+
+    def _tell_figures(self, outbox: int) -> None:
+        data = to_plain(self.figures(outbox))
+        if data != self._told:
+            self._told = data
+            self._send(Outgoing(CONTROL, Event(JobId(""), "bounds", data=data)))
+
     # ------------------------------------------------------------ answers
 
     def _send(self, out: Outgoing) -> None:
@@ -277,8 +339,9 @@ class Transfers:
 
     def _forget(self, route: bytes, stream: str) -> None:
         self._ended[route, stream] = None
-        while len(self._ended) > _ENDED:
+        while len(self._ended) > self.limits.max_ended:
             self._ended.popitem(last=False)
+            self.bounds.reached("max_ended")
 
     def _unknown_stream(self, route: bytes, message: Chunk | Grant | Finish, now: float) -> None:
         """Say once that the stream is unknown, so that the peer repeats its Put or Get; ignore what follows."""
@@ -299,6 +362,7 @@ class Transfers:
         self._faults_left = min(rate, self._faults_left + (now - self._faults_at) * rate)
         self._faults_at = now
         if self._faults_left < 1:
+            self.bounds.reached("faults_per_s")
             return False
         self._faults_left -= 1
         return True

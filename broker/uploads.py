@@ -17,23 +17,25 @@ answered.
 
 from __future__ import annotations
 
-import enum
 import errno
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import structlog
 
 from ..serialization.envelope import Buffer
 from ..serialization.errors import PayloadError, StorageError
 from ..serialization.faultpoints import fault_point
-from ..serialization.messages import Abort, Chunk, Finish, Grant, Message, PayloadRef, Put, Stored
+from ..serialization.messages import Abort, Chunk, Finish, Grant, Message, Put, Stored
 from ..serialization.stream import ChunkPlan, Receiver
+from .bounds import Bounds
 from .incoming import FileCheck, IncomingFile
 from .spool import BLOCKS, PART, Landing, Spool
 from .transferlimits import CONTROL, Limits, Outgoing
+from .upload import Phase, Upload
 
 __all__ = ["Phase", "Uploads"]
 
@@ -41,41 +43,6 @@ log = structlog.get_logger(__name__)
 
 _CONTENT = "b3-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class Phase(enum.Enum):
-    """Where an upload stands; see the module."""
-
-    ADMITTING = enum.auto()
-    VERIFYING = enum.auto()
-    OPEN = enum.auto()
-    CHECKING = enum.auto()
-    SYNCING = enum.auto()
-    LANDED = enum.auto()
-    WAITING = enum.auto()
-
-
-@dataclass(slots=True, eq=False)
-class Upload:
-    """One peer's Put."""
-
-    key: str
-    route: bytes | None  # None: the peer is gone; a whole payload is still brought to its end
-    put: Put
-    phase: Phase
-    asked_at: float
-    heard_at: float
-    file: IncomingFile | None = None
-    receiver: Receiver | None = None
-    check: FileCheck | None = None
-    finish: Finish | None = None
-    final: PayloadRef | None = None
-    waiters: list[Upload] = field(default_factory=lambda: list[Upload]())
-
-    @property
-    def payload(self) -> PayloadRef:
-        """What the peer says it puts."""
-        return self.put.payload
 
 
 class Uploads:
@@ -99,6 +66,7 @@ class Uploads:
         land: Callable[[str, Landing], None],
         next_epoch: Callable[[], int],
         boot: str,
+        bounds: Bounds | None = None,
     ) -> None:
         self._spool = spool
         self._limits = limits
@@ -106,6 +74,7 @@ class Uploads:
         self._land = land
         self._next_epoch = next_epoch
         self._boot = boot[:16]
+        self._bounds = bounds or Bounds()
         self._count = 0
         self._by_key: dict[str, Upload] = {}
         self._by_stream: dict[tuple[bytes, str], Upload] = {}
@@ -118,6 +87,17 @@ class Uploads:
         """How many uploads this peer has."""
         return sum(upload.route == route for upload in self._by_key.values())
 
+    @property
+    def most_of_a_peer(self) -> int:
+        """How many uploads the peer has that has most."""
+        return max(Counter(upload.route for upload in self._by_key.values()).values(), default=0)
+
+    @property
+    def window_bytes(self) -> int:
+        """What may be under way by the grants."""
+        receivers = (upload.receiver for upload in self._by_payload.values())
+        return sum(r.granted * r.plan.chunk_bytes for r in receivers if r is not None)
+
     def names_in_use(self) -> set[str]:
         """The files of ``incoming/`` that uploads stand on."""
         names = {upload.put.local for upload in self._by_key.values() if upload.put.local}
@@ -127,8 +107,8 @@ class Uploads:
 
     # ------------------------------------------------------------ from peers
 
-    def on_put(self, route: bytes, put: Put, now: float) -> None:
-        """A peer's Put, new or repeated."""
+    def on_put(self, route: bytes, put: Put, now: float, session: str = "") -> None:
+        """A peer's Put, new or repeated; control is told of the session, since it knows what that may put."""
         known = self._by_stream.get((route, put.stream))
         if known is not None and known.payload == put.payload and known.put.local == put.local:
             known.heard_at = now
@@ -143,7 +123,7 @@ class Uploads:
             return
         self._count += 1
         key = f"{self._boot:0>16}{self._count:016x}"
-        upload = Upload(key, route, put, Phase.ADMITTING, asked_at=now, heard_at=now)
+        upload = Upload(key, route, put, Phase.ADMITTING, asked_at=now, heard_at=now, session=session)
         self._by_key[key] = upload
         self._by_stream[route, put.stream] = upload
         self._ask(upload, now)
@@ -172,6 +152,7 @@ class Uploads:
             self._end(upload, "protocol", "chunks beyond the grant, or of a length that is not the plan's")
             return True
         if arrival.grant:
+            receiver.window = self._window()
             self._grant(upload, receiver.grant(now))
         self._finish_if_whole(upload)
         return True
@@ -303,11 +284,16 @@ class Uploads:
         if put.local and not limits.trust_local:
             return no("not_local", "this broker takes no files by name: send chunks")
         if payload.size > limits.max_payload_bytes:
-            return no("size", f"payload of {payload.size} bytes; at most {limits.max_payload_bytes}")
+            self._bounds.reached("max_payload_bytes")
+            text = f"payload of {payload.size} bytes; at most {limits.max_payload_bytes} (max_payload_bytes)"
+            return no("size", text)
         if payload.id.startswith(_CONTENT) and payload.digest and payload.id[len(_CONTENT) :] != payload.digest:
             return no("digest", f"payload {payload.id} is named by another digest than its own, {payload.digest}")
-        if len(self) >= limits.max_streams or self.count(route) >= limits.max_streams_per_peer:
-            return no("busy", "too many open streams: wait for one to end", limits.retry_s)
+        for bound, count in (("max_streams", len(self)), ("max_streams_per_peer", self.count(route))):
+            most = int(getattr(limits, bound))
+            if count >= most:
+                self._bounds.reached(bound)
+                return no("busy", f"{count} uploads are open; at most {most} ({bound}): wait", limits.retry_s)
         return None
 
     def _admitted(self, upload: Upload, now: float) -> None:
@@ -317,7 +303,7 @@ class Uploads:
             upload.phase = Phase.WAITING
             old.waiters.append(upload)
             return
-        file = self._take_over(old, payload) if old is not None else None
+        file = self._take_over(old, upload.put) if old is not None else None
         self._by_payload[payload.id] = upload
         if upload.put.local and self._check_local(upload, now):
             return
@@ -334,10 +320,10 @@ class Uploads:
         else:
             self._open(upload, now)
 
-    def _take_over(self, old: Upload, payload: PayloadRef) -> IncomingFile | None:
-        """End the older upload of this payload; its open file, where it is of the same bytes."""
+    def _take_over(self, old: Upload, put: Put) -> IncomingFile | None:
+        """End the older upload of this payload; its open file, where chunks of the same bytes go on with it."""
         file = None
-        if old.file is not None and old.file.matches(payload) and old.put.local == "":
+        if old.file is not None and old.file.matches(put.payload) and not old.put.local and not put.local:
             file, old.file = old.file, None
         self._end(old, "superseded", "a newer upload of this payload goes on with it", self._limits.superseded_s)
         return file
@@ -395,13 +381,21 @@ class Uploads:
         start = plan.whole_chunks(upload.file.size)
         upload.file.cut(min(start * plan.chunk_bytes, plan.size))
         upload.receiver = Receiver(
-            plan, self._limits.window, self._next_epoch(), start, stall_s=self._limits.stall_s, now=now
+            plan, self._window(), self._next_epoch(), start, stall_s=self._limits.stall_s, now=now
         )
         upload.phase = Phase.OPEN
         if start:
             log.info("upload_resumed", payload=upload.payload.id, chunk=start, chunks=plan.count)
         self._grant(upload, upload.receiver.grant(now))
         self._finish_if_whole(upload)
+
+    def _window(self) -> int:
+        """The chunks that a grant may be ahead: all uploads share ``window_bytes``, and each may send one at least."""
+        limits = self._limits
+        share = limits.window_bytes // limits.chunk_bytes // max(1, len(self._by_payload))
+        if share < limits.window:
+            self._bounds.reached("window_bytes")
+        return max(1, min(limits.window, share))
 
     def _finish_if_whole(self, upload: Upload) -> None:
         file, receiver = upload.file, upload.receiver
@@ -427,8 +421,10 @@ class Uploads:
         upload.asked_at = now
         question = replace(upload.put, stream=upload.key)
         if upload.phase is Phase.LANDED:
-            question = replace(question, payload=upload.final or upload.payload, local="landed")
-        self._send(Outgoing(CONTROL, question))
+            landed = replace(question, payload=upload.final or upload.payload, local="landed")
+            self._send(Outgoing(CONTROL, landed))  # its session may be over; the attempt or claim still decides
+        else:
+            self._send(Outgoing(CONTROL, question, upload.session.encode()))
 
     def _grant(self, upload: Upload, fields: tuple[int, int, int]) -> None:
         self._tell(upload, Grant(upload.put.stream, *fields))

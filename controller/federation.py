@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -52,11 +51,23 @@ log = structlog.get_logger(__name__)
 GIVE_UP_S = 120.0
 
 
+#: After how long a wait is looked at first, and at last.
+QUIET_S = (0.1, 1.0)
+
+
 class JobAborted(FaultError):
     """Somebody aborted the job; the process only has to leave."""
 
     def __init__(self, reason: str) -> None:
         super().__init__("aborted", reason or "the job was aborted")
+
+
+class Spool(NamedTuple):
+    """The broker's spool: its quota (0: none), what results may still take of it, and how many uploads wait."""
+
+    quota_bytes: int
+    room_bytes: int
+    waiting: int
 
 
 class Federation:
@@ -74,6 +85,8 @@ class Federation:
         sites = claimed.meta.get("sites") or spec.sites or ()
         self._sites: tuple[str, ...] = tuple(sites)
         self._gathers: list[Gather] = []
+        #: called where a wait for the broker's next word becomes long, less and less often
+        self.on_quiet: Callable[[], None] | None = None
         #: payloads that the broker keeps at least until the next commit, so that none is sent twice
         self._kept: dict[PayloadId, PayloadRef] = {}
         self._keep(claimed.commit)
@@ -83,12 +96,14 @@ class Federation:
         """How many sites the job names; 0 if it takes whoever is connected."""
         return len(self._sites)
 
-    @cached_property
-    def quota_bytes(self) -> int:
-        """What the broker's spool may hold; 0 where it has no bound."""
+    def spool(self) -> Spool:
+        """How full the broker's spool is."""
         answer, tail = self.link.request(Ask(self.link.next_ref(), "broker"))
         data = unpack(tail, max_bytes=MAX_TAIL_BYTES) if len(tail) else getattr(answer, "data", {})
-        return int(data["spool"]["quota_bytes"])
+        told = data["spool"]
+        quota = int(told["quota_bytes"])
+        taken = int(told["used_bytes"]) + int(told["coming_bytes"]) + int(told["reserved_bytes"])
+        return Spool(quota, max(0, quota - taken), int(told.get("waiting", 0)))
 
     # ------------------------------------------------------------ models and rounds
 
@@ -282,13 +297,17 @@ class Federation:
         Raises:
             LinkError: there is no broker any more, and the link has given up.
         """
+        pause_s = QUIET_S[0]
         while True:
             if self._inbox.missed():
                 self._ask_again()
-            got = self._inbox.get(1.0)
+            got = self._inbox.get(pause_s if self.on_quiet else QUIET_S[1])
             if got is not None:
                 self._dispatch(*got)
                 return
+            pause_s = min(QUIET_S[1], 2 * pause_s)
+            if self.on_quiet is not None and self.link.state == "up":
+                self.on_quiet()
             if self.link.state == "closed":
                 reason = self.link.fatal or "the link to the broker was closed"
                 raise LinkError(f"{reason}, in round {gather.opening.round}, {gather.opening.name}")

@@ -9,14 +9,7 @@ from typing import Any
 
 import structlog
 
-from ..serialization.errors import (
-    FoldError,
-    GatherError,
-    LayoutError,
-    PayloadError,
-    ValuesError,
-    WireError,
-)
+from ..serialization.errors import FoldError, GatherError, MixedError, PayloadError, WireError
 from ..serialization.faultpoints import fault_point
 from ..serialization.feeder import Feeder
 from ..serialization.fold import Good
@@ -35,13 +28,15 @@ _MODELS_A_CHECKPOINT = 4
 #: A round's results may take this part of the spool, so that a few jobs beside each other do not fill it.
 _QUOTA_SHARE = 8
 _MAX_REFOLDS = 4
+_SHOWN = 8
 
 
 class Folding:
     """One round's fold.
 
-    A result whose tensors do not fit the model, or that holds NaN or Inf, is refused and listed as its site's failure;
-    the round goes on if enough others are good. Weights that are missing from some results are everybody's error.
+    A result whose tensors do not fit the model, that holds NaN or Inf, or whose weight is no positive number is refused
+    and listed as its site's failure; the round goes on if enough others are good. A partial that cannot be added is
+    left out, and its sites are asked once more, singly. Results that do not go together are everybody's error.
     """
 
     def __init__(
@@ -59,30 +54,32 @@ class Folding:
         self._gather = gather
         self._record = record
         self._results: list[Result] = []
+        self._bad: list[Result] = []  # what partials brought that could not be added
+        self._redone: list[Result] = []  # and their sites' results, singly
+        self._counts = self._tasks = 0  # results in the sums, and tasks that they are of
         self._covered = 0
         self._since_checkpoint = 0
         model_bytes = gather.opening.payload.size if gather.opening.payload else 0
-        share = fed.quota_bytes // _QUOTA_SHARE or CHECKPOINT_BYTES
+        spool = fed.spool()
+        share = spool.quota_bytes // _QUOTA_SHARE or CHECKPOINT_BYTES
         self._checkpoint_bytes = checkpoint_bytes or max(share, _MODELS_A_CHECKPOINT * model_bytes)
+        if spool.quota_bytes:  # before the last of the room is taken: what comes next would have to wait
+            self._checkpoint_bytes = min(self._checkpoint_bytes, max(0, spool.room_bytes - model_bytes))
 
     def run(self) -> Aggregate:
         """Fold the gather's results as they arrive; the aggregate can be finished when this returns.
 
         Raises:
             GatherError: fewer good results than ``min_clients``.
-            WeightError: weights missing from some results, or not positive.
-            FoldError: FULL among DIFF results.
+            MixedError: weights missing from some results, FULL among DIFF results.
+            FoldError: partials that stand for more results than their tasks.
         """
-        for result in self._gather:
-            if not result.follows:
-                self._maybe_checkpoint()
-            self._results.append(result)
-            if result.follows or self._add(self.aggregate, result):
-                self._record.add(result)
-            self._since_checkpoint += result.size
-            fault_point("job.after_fold")
-            if not result.partial:
-                self._maybe_checkpoint()  # behind a partial more of it may follow, and all of it is in already
+        self._fed.on_quiet = self._quiet
+        try:
+            self._fold_all()
+        finally:
+            self._fed.on_quiet = None
+        self._redo_bad()
         wanted = self._gather.opening.rule.min_clients
         if self.aggregate.count < wanted:
             first = f"\n{self.refused[0].site}: {self.refused[0].text}" if self.refused else ""
@@ -90,6 +87,71 @@ class Folding:
                 f"round {self._gather.opening.round}: {self.aggregate.count} good results of {wanted}{first}"
             )
         return self._rescaled()
+
+    def _fold_all(self) -> None:
+        for result in self._gather:
+            if not result.follows:
+                self._maybe_checkpoint()
+            self._results.append(result)
+            if self._take(result):
+                self._record.add(result)
+            self._since_checkpoint += result.size
+            fault_point("job.after_fold")
+            if not result.partial:
+                self._maybe_checkpoint()  # behind a partial more of it may follow, and all of it is in already
+
+    def _quiet(self) -> None:
+        """No result has come for a while: it may be that uploads wait for the room that a checkpoint would give."""
+        if self._since_checkpoint and not self._bad and self._gather.seen.state == "open" and self._fed.spool().waiting:
+            self._checkpoint()
+
+    def _take(self, result: Result) -> bool:
+        """Whether the result is in; what follows of a partial is where its beginning is."""
+        if not result.follows:
+            before = self.aggregate.count
+            taken = self._add(self.aggregate, result)
+            self._counts += self.aggregate.count - before
+        else:
+            last = self._bad[-1] if self._bad else None
+            taken = last is None or last.start + len(last.items) != result.start
+            if not taken:
+                self._bad.append(result)
+        self._tasks += len(result.items) if taken else 0
+        return taken
+
+    def _redo_bad(self) -> None:
+        """The results of partials that could not be added, once more and singly; what does not come is a failure."""
+        round_ = self._gather.opening.round
+        if self._counts > self._tasks:  # fewer: a checkpoint covers refused results too
+            # nothing says which of several partials it was; what is in the sums is not what was accepted
+            raise FoldError(f"partials of round {round_} hold {self._counts} results, of {self._tasks} tasks")
+        sites = sorted({item.site for result in self._bad for item in result.items})
+        if not sites:
+            return
+        self._record.redone += len(sites)
+        again = self._gather.redo(sites, self._gather.opening.fold, min_clients=1)
+        try:
+            for result in again:
+                if self._add(self.aggregate, result):
+                    self._record.add(result)
+                    self._redone.append(result)
+        except GatherError as error:
+            log.warning("redo_failed", round=round_, sites=len(sites), reason=str(error))
+        self._gather.seen.failures |= again.seen.failures
+
+    def _refuse(self, result: Result, error: Exception) -> None:
+        round_, item = self._gather.opening.round, result.items[0]
+        if result.partial:
+            sites = ", ".join(i.site for i in result.items[:_SHOWN])
+            log.warning("partial_refused", round=round_, sites=sites, results=len(result.items), reason=str(error))
+            text = f"round {round_}: a partial of {sites} and others cannot be added, and is done again singly: {error}"
+            self._fed.event("partial_refused", text, site=item.site)
+            self._bad.append(result)
+            return
+        log.warning("result_refused", round=round_, site=item.site, reason=str(error))
+        refusal = Failure(item.task, item.site, "refused", str(error))
+        self.refused.append(refusal)
+        self._gather.seen.failures[item.task] = refusal
 
     def _add(self, fold: Aggregate, result: Result) -> bool:
         """Whether the result is in; a bad one is listed and leaves no trace."""
@@ -99,16 +161,10 @@ class Folding:
                 fold.merge(self._source(result))
             else:
                 self._add_single(fold, result)
-        except (LayoutError, ValuesError, WireError, PayloadError) as error:
-            # of this result alone. Mixed weights, and FULL among DIFF, are no single site's fault: which one is found
-            # depends on the order of arrival, so they end the job
-            if result.partial:
-                raise
-            item = result.items[0]
-            log.warning("result_refused", round=self._gather.opening.round, site=item.site, reason=str(error))
-            refusal = Failure(item.task, item.site, "refused", str(error))
-            self.refused.append(refusal)
-            self._gather.seen.failures[item.task] = refusal
+        except MixedError:
+            raise  # which of them is found depends on the order of arrival, so they end the job
+        except (FoldError, WireError, PayloadError) as error:
+            self._refuse(result, error)
             return False
         finally:
             self._record.fold_s += time.monotonic() - started
@@ -140,8 +196,10 @@ class Folding:
 
     def _maybe_checkpoint(self) -> None:
         """The aggregate as a payload, when much has come since the last; then what it holds may go from the spool."""
-        if self._since_checkpoint <= self._checkpoint_bytes:
-            return
+        if self._since_checkpoint > self._checkpoint_bytes and not self._bad:  # a replay must find the bad ones again
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
         covered = self._results[-1].start + len(self._results[-1].items)
         buffers, size = self.aggregate.to_partial()
         ref = self._fed.put_partial(buffers, size)
@@ -160,8 +218,10 @@ class Folding:
                 return self.aggregate
             self._record.refolds += 1
             refused = {failure.task for failure in self.refused}
-            again = [r for r in self._results if not r.partial and r.start >= self._covered] + singly
-            lost = [r for r in self._results if r.partial or r.start < self._covered] if not singly else []
+            bad = {result.start for result in self._bad}
+            good = [r for r in self._results if r.start not in bad]
+            again = [r for r in good if not r.partial and r.start >= self._covered] + self._redone + singly
+            lost = [r for r in good if r.partial or r.start < self._covered] if not singly else []
             fold = self.aggregate.again(verdict.plan)
             for result in again:
                 if result.items[0].task not in refused:

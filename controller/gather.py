@@ -102,8 +102,14 @@ class Gather:
         """Close now with the results that are there; the rest of the tasks are cancelled."""
         self._federation.close_gather(self)
 
-    def redo(self, sites: Sequence[str], fold: PayloadRef | None) -> Gather:
-        """The same tasks of these sites again, singly: their results were in partials that cannot be folded again."""
+    def redo(self, sites: Sequence[str], fold: PayloadRef | None, min_clients: int = 0) -> Gather:
+        """The same tasks of these sites again, singly: their results were in partials that cannot be folded again.
+
+        Args:
+            sites: whose.
+            fold: the plan by which they are added.
+            min_clients: how many have to come; 0: all.
+        """
         self._redos += 1
         log.info("gather_redo", round=self.opening.round, sites=len(sites))
         return self._federation.open(
@@ -114,7 +120,7 @@ class Gather:
                 fold=fold,
                 partials=False,
                 sample=0,
-                rule=replace(self.opening.rule, min_clients=len(sites)),
+                rule=replace(self.opening.rule, min_clients=min_clients or len(sites)),
             ),
             tuple(sites),
         )

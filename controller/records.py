@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 from ..serialization.codec import pack
 from .gather import Gather, Result
@@ -40,7 +40,8 @@ class RoundRecord:
             if item.restarted:
                 self.state_lost.append(item.site)
             if len(self.sites) < MAX_LISTED:
-                meta: dict[str, Any] = item.meta.get("meta") or {}
+                said = item.meta.get("meta")  # of a partial's item nobody has looked at it
+                meta = cast("dict[str, Any]", said) if isinstance(said, dict) else {}
                 site: dict[str, Any] = {"name": item.site, "run_s": round(item.run_s, 4)}
                 if item.meta.get("metrics"):
                     site["metrics"] = item.meta["metrics"]

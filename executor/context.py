@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from ..serialization.model import FLModel
 from .state import SiteState
@@ -70,9 +70,19 @@ TaskFunction = Callable[[FLModel, TaskContext], Any]
 
 
 def call_function(function: TaskFunction, model: FLModel, context: TaskContext) -> Any:
-    """Call a task function; an ``async def`` one gets a loop of its own."""
-    result = function(model, context)
+    """Call a task function, with the context where it has a second parameter; an ``async def`` one gets a loop."""
+    result = function(model, context) if _takes_two(function) else cast("Callable[[FLModel], Any]", function)(model)
     return asyncio.run(result) if inspect.iscoroutine(result) else result
+
+
+def _takes_two(function: TaskFunction) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # some builtins have no signature: the call itself will tell
+        return True
+    return True
 
 
 def user_traceback(error: BaseException) -> str:

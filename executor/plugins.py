@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ def find_plugin(path: str) -> Callable[..., Any] | None:
     Raises:
         JobError: two packages have one of this name, or it cannot be loaded.
     """
-    found = {_target(point): point for point in entry_points(group=GROUP) if path in (point.name, _target(point))}
+    found = {_target(point): point for point in _installed() if path in (point.name, _target(point))}
     if not found:
         return None
     if len(found) > 1:
@@ -48,7 +49,7 @@ def find_plugin(path: str) -> Callable[..., Any] | None:
 
 def plugin_names() -> list[str]:
     """The names of the installed ones."""
-    return sorted({point.name for point in entry_points(group=GROUP)})
+    return sorted({point.name for point in _installed()})
 
 
 def call_plugin(plugin: Callable[..., Any], path: str, args: Mapping[str, Any]) -> Any:
@@ -69,6 +70,12 @@ def call_plugin(plugin: Callable[..., Any], path: str, args: Mapping[str, Any]) 
         raise
     except Exception as error:
         raise JobError(f"executor {path!r} raised {error!r}") from error
+
+
+@cache
+def _installed() -> tuple[EntryPoint, ...]:
+    """Looked up once: it reads the metadata of every package there is, and is asked for with each task."""
+    return tuple(entry_points(group=GROUP))
 
 
 def _target(point: EntryPoint) -> str:

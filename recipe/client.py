@@ -28,6 +28,7 @@ DEFAULT_BROKER = "tcp://127.0.0.1:7600"
 _PAGE = 1000
 _POLL_S = 0.3
 _MAX_ANSWER_BYTES = 1024 * 1024
+_HALVES = frozenset({"F16", "BF16"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +194,7 @@ class JobClient:
                         "rounds": spec.num_rounds,
                         "seed": spec.seed,
                         "sites": list(spec.sites or ()),
-                        "model_bytes": _model_bytes(spec, folder),
+                        **_model_bytes(spec, folder),
                     },
                 )
             )
@@ -261,6 +262,10 @@ class JobClient:
         """The sites that the broker knows: name, live, node."""
         return list(self._pages("sites", "sites", "", 0))
 
+    def broker(self) -> dict[str, Any]:
+        """How full the broker is: ``spool``, ``sessions``, ``jobs``, and ``bounds`` (`docs/bounds.md`)."""
+        return self._ask("broker")
+
     def download(self, job_id: str, dest: str | Path) -> Path:
         """Write the job's result folder (see `recipe.results`).
 
@@ -311,11 +316,38 @@ class JobClient:
             after = following
 
 
-def _model_bytes(spec: JobSpec, folder: Path) -> int:
-    """The initial model's size, by which the broker sees whether the job fits into its spool; 0 if there is none."""
+def _model_bytes(spec: JobSpec, folder: Path) -> dict[str, int]:
+    """By which the broker sees whether the job fits into its spool: the initial model, a checkpoint, float32 masters.
+
+    A checkpoint has 8 bytes for each number of a floating-point tensor; masters are kept of those with 16 bits.
+    """
     names = [component.args.get("initial_model") for component in spec.workflows]
     paths = [spec.app_dir(folder) / name for name in names if isinstance(name, str)]
-    return max((path.stat().st_size for path in paths if path.is_file()), default=0)
+    sizes = {"model_bytes": 0, "checkpoint_bytes": 0, "state_bytes": 0}
+    for path in paths:
+        if path.is_file() and path.stat().st_size > sizes["model_bytes"]:
+            sizes["model_bytes"] = path.stat().st_size
+            numbers = _numbers(path)
+            sizes["checkpoint_bytes"] = 8 * sum(numbers.values())
+            sizes["state_bytes"] = 4 * sum(count for dtype, count in numbers.items() if dtype in _HALVES)
+    return sizes
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """How many numbers a model's file has of each dtype."""
+    from ..serialization.errors import HeaderError
+    from ..serialization.header import header_bytes_needed, read_header
+
+    found: dict[str, int] = {}
+    with path.open("rb") as file:
+        try:
+            head = file.read(8)
+            head += file.read(header_bytes_needed(head) - 8)
+            for tensor in read_header(head, path.stat().st_size).tensors:
+                found[tensor.dtype] = found.get(tensor.dtype, 0) + tensor.items
+        except HeaderError:  # said where the job reads it
+            return {}
+    return found
 
 
 def _only_folder(archive: Path, dest: Path) -> Path:

@@ -17,6 +17,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
@@ -172,14 +173,16 @@ def _unpack(view: memoryview, dest: Path, limits: ArchiveLimits) -> list[Path]:
 def _extract(stream: _Counted, dest: Path, limits: ArchiveLimits) -> list[Path]:
     written: list[Path] = []
     seen: set[str] = set()
+    made: set[str] = set()  # files and folders, with those folders that only the names of files speak of
     for info, name in _headers(stream):
         name = name.rstrip("/") if info.isdir() else name
         _check_name(name, limits)
         if name in seen:
             raise JobError(f"the job archive holds {name!r} twice")
         seen.add(name)
-        if len(seen) > limits.files:
-            raise JobError(f"the job archive holds more than {limits.files} files")
+        made.update(accumulate(name.split("/"), "{}/{}".format))
+        if len(made) > limits.files:
+            raise JobError(f"the job archive holds more than {limits.files} files and folders")
         path = dest.joinpath(*PurePosixPath(name).parts)
         try:
             if info.isdir():

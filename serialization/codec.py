@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import msgpack
 
 from .errors import CodecError
+from .nesting import check_nesting
 
 T = TypeVar("T")
 
@@ -69,6 +70,7 @@ def unpack(data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_TEXT) -
     """
     if len(data) > max_bytes:
         raise CodecError(f"{len(data)} bytes of msgpack; at most {max_bytes} here")
+    check_nesting(data, MAX_DEPTH)
     try:
         unpacked: Any = msgpack.unpackb(  # pyright: ignore
             data,

@@ -8,7 +8,8 @@
     ├── PayloadError            a payload that is incomplete, corrupt, or not what its reference says
     │   └── LayoutError         tensors whose names, dtypes or shapes do not match the model
     ├── FoldError               a result that cannot be added into the aggregate
-    │   ├── WeightError         a missing, mixed, non-positive or absurd weight
+    │   ├── WeightError         a non-positive or absurd weight
+    │   │   └── MixedError      results that do not go together: weights in some of them only, FULL among DIFF
     │   └── ValuesError         NaN, Inf, or a value that no scale can hold
     ├── JobError                a job folder, archive, recipe or option that is wrong
     ├── FaultError              the broker refused a request: carries the typed fault
@@ -39,6 +40,7 @@ __all__ = [
     "LayoutError",
     "LinkError",
     "LinkTimeout",
+    "MixedError",
     "NondeterministicError",
     "PayloadError",
     "ProcessError",
@@ -83,7 +85,11 @@ class FoldError(FedloomError):
 
 
 class WeightError(FoldError):
-    """A missing, mixed, non-positive or absurd weight."""
+    """A non-positive or absurd weight."""
+
+
+class MixedError(WeightError):
+    """Results of a round that do not go together: no single site's fault, since each is good by itself."""
 
 
 class ValuesError(FoldError):
@@ -99,11 +105,13 @@ class FaultError(FedloomError):
 
     Attributes:
         code: the fault's short name, such as ``"stale"`` or ``"unknown_job"``.
+        bound: the name of the bound that was reached, where it was one (see `broker.bounds`).
     """
 
-    def __init__(self, code: str, text: str) -> None:
+    def __init__(self, code: str, text: str, *, bound: str = "") -> None:
         super().__init__(text)
         self.code = code
+        self.bound = bound
 
 
 class FencedError(FaultError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,10 +22,10 @@ from .dtypes import is_float, is_int
 from .envelope import Buffer
 from .errors import FoldError, LayoutError
 from .feeder import open_source
-from .fixedpoint import FixedSums, Ints
+from .fixedpoint import TOTAL_BITS, FixedSums, Ints
 from .foldplan import MAX_RESULTS, FoldPlan
 from .header import Header, Spec, build_header
-from .intsum import MAX_LIMBS, check_limbs
+from .intsum import MAX_LIMBS, WEIGHT_BITS, check_limbs
 from .sums import Record, Sums
 from .tally import MAX_METRIC_BITS, MAX_METRIC_NAME, MAX_METRICS, MetricSum, Tally
 
@@ -33,6 +34,13 @@ METADATA_KEY: Final = "fedloom.partial"
 _FORMAT: Final = "fedloom-partial/1"
 #: Bits of a total or a sum of weights: the largest single one and 2^26 results.
 _MAX_BITS: Final = 2304
+#: A weight lies in [2^(e-1), 2^e): the e that there are.
+_SIZES: Final = (-63, 65)
+_UNIT: Final = 1 << WEIGHT_BITS
+#: The largest finite float64: no metric's mean is beyond.
+_LARGEST: Final = int(sys.float_info.max)
+#: A total of w * max|x| is at most so many bits above its weight: no value is beyond 2^900.
+_TOTAL_SHIFT: Final = TOTAL_BITS - WEIGHT_BITS + 900
 #: An exact integer: hexadecimal digits, and how many zero bits follow them.
 _NUMBER: Final = re.compile(r"(-?)([0-9a-f]{1,1200})(?:p([0-9]{1,4}))?")
 
@@ -76,6 +84,7 @@ def write_partial(digest: str, plan: FoldPlan, sums: Sums, tally: Tally) -> tupl
         "kind": tally.kind,
         "weighted": tally.weighted,
         "count": tally.count,
+        "typed": tally.typed,
         "weight": _hex(tally.weight),
         "sizes": [[size, tally.sizes[size]] for size in sorted(tally.sizes)],
         "metrics": [
@@ -120,6 +129,8 @@ def read_partial(source: Buffer | Path, digest: str, plan: FoldPlan, folded: tup
         whole = is_int(ours.dtype)
         if theirs is None or not folded[index] or theirs.dtype != "I64":
             raise LayoutError(f"a partial without sums of {ours.name!r}, which it counts")
+        if whole and records[index].total:
+            raise FoldError(f"a partial with a total of magnitudes for the integers {ours.name!r}")
         fits = (
             theirs.shape[1:] == (ours.items,) and theirs.shape[0] <= MAX_LIMBS if whole else theirs.shape == ours.shape
         )
@@ -163,8 +174,13 @@ class _State:
         kind, weighted = self._data.get("kind"), self._data.get("weighted")
         if kind not in ("FULL", "DIFF", None) or weighted not in (True, False, None):
             raise FoldError(f"a partial of kind {kind!r}, weighted {weighted!r}")
+        if not (weighted is None or isinstance(weighted, bool)):
+            raise FoldError(f"a partial with {weighted!r} for weighted")
         tally.kind, tally.weighted = kind, weighted
         tally.count = _count(self.get("count", int), "results", MAX_RESULTS)
+        tally.typed = _count(self.get("typed", int), "results", tally.count)
+        if (kind is None) != (tally.typed == 0):
+            raise FoldError(f"a partial of kind {kind!r} with {tally.typed} results of a kind")
         tally.weight = _natural(self.get("weight", str), "weight")
         if (weighted is None) != (tally.count == 0) or (tally.weight == 0) != (tally.count == 0):
             raise FoldError(
@@ -172,28 +188,35 @@ class _State:
             )
         for entry in self.get("sizes", list):
             match entry:
-                case [int() as size, int() as number] if -80 < size < 80:
+                case [int() as size, int() as number] if _SIZES[0] <= size <= _SIZES[1] and size not in tally.sizes:
                     tally.sizes[size] = _count(number, "weights", tally.count)
                 case _:
                     raise FoldError("a partial with malformed weight sizes")
         if sum(tally.sizes.values()) != tally.count:
             raise FoldError(f"a partial of {tally.count} results with {sum(tally.sizes.values())} weights")
+        below = sum(number << (WEIGHT_BITS + size) for size, number in tally.sizes.items())
+        if tally.count and not below // 2 <= tally.weight < below:
+            raise FoldError(f"a partial of {tally.count} results whose weights cannot add up to {_hex(tally.weight)}")
         for entry in self.get("metrics", list):
             self._metric(tally, entry)
         if len(tally.metrics) > MAX_METRICS:
             raise FoldError(f"a partial with {len(tally.metrics)} metrics; at most {MAX_METRICS}")
-        tally.sites = [str(site)[:256] for site in self.get("sites", list)[:8]]
+        tally.sites = [_text(site, "site", 256) for site in self.get("sites", list)[:8]]
         return tally
 
     def _metric(self, tally: Tally, entry: Any) -> None:
         match entry:
             case [str() as name, str() as top, str() as bottom, str() as weight, int() as number]:
+                name = _text(name, "metric", MAX_METRIC_NAME)
                 denominator = _natural(bottom, name)
-                if not 0 < len(name) <= MAX_METRIC_NAME or name in tally.metrics or not denominator:
+                # sums of floats and integers: with other denominators a fold's sum could grow without end
+                if not name or name in tally.metrics or denominator.bit_count() != 1:
                     raise FoldError(f"a partial with a malformed metric {name[:64]!r}")
                 total = Fraction(_integer(top, name), denominator)
-                count = _count(number, name, tally.count)
-                tally.metrics[name] = MetricSum(total, _natural(weight, name), count)
+                units, count = _natural(weight, name), _count(number, name, tally.count)
+                if not 0 < units <= tally.weight or not count or abs(total) * _UNIT > units * _LARGEST:
+                    raise FoldError(f"a partial with a sum of the metric {name[:64]!r} that its results cannot have")
+                tally.metrics[name] = MetricSum(total, units, count)
             case _:
                 raise FoldError("a partial with a malformed metric")
 
@@ -203,18 +226,28 @@ class _State:
         for entry in self.get("tensors", list):
             match entry:
                 case [int() as index, int() as count, str() as weight, str() as total, int() as over, int() as low]:
-                    if not 0 <= index < tensors or index in records or count < 1:
+                    if isinstance(index, bool) or not 0 <= index < tensors or index in records or count < 1:
                         raise FoldError(f"a partial with a malformed record of tensor {index}")
                     units = _natural(weight, "weight") if weight else tally.weight
-                    if not 0 < units <= tally.weight:
+                    count = _count(count, "results", tally.typed)
+                    # weights are positive: some of the results have less than all of the weight
+                    if not 0 < units <= tally.weight or (units == tally.weight) != (count == tally.count):
                         raise FoldError(f"a partial in which the weight of tensor {index} is not part of the whole")
                     total_units = _natural(total, "total")
-                    count = _count(count, "results", tally.count)
+                    if total_units > units << _TOTAL_SHIFT:
+                        raise FoldError(f"a partial in which the values of tensor {index} are beyond 2^900")
                     records[index] = Record(count, units, total_units, _count(over, "over", count))
                     lowest[index] = _count(low, "limb", MAX_LIMBS)
                 case _:
                     raise FoldError("a partial with a malformed record")
         return records, lowest
+
+
+def _text(value: Any, what: str, most: int) -> str:
+    # JSON can spell half a surrogate pair, which no log, message or file could hold
+    if type(value) is not str or len(value) > most or any("\ud800" <= char <= "\udfff" for char in value):
+        raise FoldError(f"a partial with a malformed name of a {what}; text of at most {most} characters belongs there")
+    return value
 
 
 def _hex(value: int) -> str:

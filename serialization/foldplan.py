@@ -16,13 +16,13 @@ from typing import Any, Final, Literal, cast
 
 import numpy as np
 
-from .codec import pack, unpack
+from .codec import pack, show, unpack
 from .digest import digest_buffers
 from .dtypes import DTYPES, is_float, is_int
 from .envelope import Buffer
 from .errors import CodecError, FoldError, LayoutError, ValuesError, WeightError
 from .fixedpoint import MAX_VALUE, Q_MAX, Q_MIN, RESOLUTION_BITS, RESULT_BITS, Widener, exponent_for, scan
-from .header import MAX_TENSORS
+from .header import MAX_DATA_BYTES, MAX_RANK, MAX_TENSORS
 from .tensors import raw_bytes, spec_of
 
 Kind = Literal["FULL", "DIFF"]
@@ -116,7 +116,7 @@ class FoldPlan:
                 )
         try:
             re.compile(self.exclude)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise FoldError(f"exclude pattern {self.exclude!r} is not a regular expression: {error}") from None
         if not 0.0 < self.weight_cap < math.inf:
             raise FoldError(f"weight cap {self.weight_cap}; a positive number belongs there")
@@ -328,9 +328,19 @@ class _Fields:
 
 def _tensor(name: Any, dtype: Any, shape: Any) -> PlanTensor:
     dims: Sequence[Any] = cast("Sequence[Any]", shape) if type(shape) is list else (None,)
-    if type(name) is not str or dtype not in DTYPES or any(type(dim) is not int or dim < 0 for dim in dims):
-        raise CodecError(f"fold plan: tensor {name!r} with dtype {dtype!r} and shape {shape!r}")
-    return PlanTensor(name, dtype, tuple(dims))
+    seen = f"tensor {show(name)} with dtype {show(dtype)} and shape {show(dims)}"
+    if (
+        type(name) is not str
+        or type(dtype) is not str
+        or dtype not in DTYPES
+        or len(dims) > MAX_RANK
+        or any(type(dim) is not int or not 0 <= dim <= MAX_DATA_BYTES for dim in dims)
+    ):
+        raise CodecError(f"fold plan: {seen}")
+    tensor = PlanTensor(name, dtype, tuple(dims))
+    if tensor.items * DTYPES[dtype].itemsize > MAX_DATA_BYTES:
+        raise CodecError(f"fold plan: {seen} is too large")
+    return tensor
 
 
 def _plan_tensor(name: str, value: Any) -> PlanTensor:

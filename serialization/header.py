@@ -216,6 +216,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _whole(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
         raise HeaderError(f"number of {len(digits)} digits; at most {_MAX_DIGITS}")
+    if digits == "-0":  # which other readers take for a float
+        raise HeaderError("number -0; shapes and offsets are whole numbers")
     return int(digits)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -322,8 +323,15 @@ class JobSpec:
             name = args.get(key)
             if not isinstance(name, str) or not name or PurePosixPath(name).is_absolute():
                 continue  # absolute: a file that the sites have already
-            if ".." in PurePosixPath(name).parts or not (base / name).is_file():
+            if ".." in PurePosixPath(name).parts or not _is_file(base / name):
                 raise JobError(f"{who}: {key} {name!r} is not in {base}; add the file, or name one that is there")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have: too long, or no text
+        return False
 
 
 def _deployment(meta: Mapping[str, Any], where: Path) -> tuple[str, tuple[str, ...] | None]:
@@ -332,7 +340,7 @@ def _deployment(meta: Mapping[str, Any], where: Path) -> tuple[str, tuple[str, .
     if len(deploy) != 1:
         raise JobError(f"{where}: deploy_map has {len(deploy)} apps; exactly one is supported in this version")
     app, targets = next(iter(deploy.items()))
-    if app in ("", ".", "..") or "/" in app or "\\" in app:
+    if app in ("", ".", "..") or "/" in app or "\\" in app or not app.isprintable():
         raise JobError(f"{where}: app name {app!r} in deploy_map; it must be the name of a folder beside meta.json")
     names = _texts(targets, f"{where}: deploy_map[{app!r}]")
     sites = None if ALL_SITES in names else tuple(name for name in names if name != "server")
@@ -375,7 +383,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path} cannot be read: {error}") from None
     try:
-        return _map(json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant), str(path))
+        value = json.loads(text, object_pairs_hook=_unique, parse_float=_float, parse_constant=_no_constant)
+        return _map(value, str(path))
     except (ValueError, RecursionError) as error:
         raise JobError(f"{path} is not valid JSON: {error}") from None
 
@@ -391,9 +400,14 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+        seen: set[str] = set()
+        raise ValueError(f"key {next(key for key, _ in pairs if key in seen or seen.add(key))!r} twice")
     return out
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_constant(text[:40])  # JSON has no largest number
 
 
 def _no_constant(name: str) -> Any:

@@ -139,10 +139,11 @@ class Welcome:
     session: Annotated[str, Limit(max_len=64)]
     epoch: Annotated[str, Limit(max_len=64)]  # the broker's own boot
     minor: Annotated[int, Limit(low=0, high=255)] = 0
-    ping_s: Seconds = 5.0
-    dead_s: Seconds = 30.0
+    # none of them may be 0: a peer that believed it would turn without a rest
+    ping_s: Annotated[float, Limit(low=0.001, high=86400)] = 5.0
+    dead_s: Annotated[float, Limit(low=0.001, high=86400)] = 30.0
     data_endpoint: Short = ""
-    chunk_bytes: Count = 1024 * 1024
+    chunk_bytes: Annotated[int, Limit(low=1, high=1 << 30)] = 1024 * 1024
     window: Annotated[int, Limit(low=1, high=1024)] = 8
     spool_dir: Short = ""  # co-located peers of the same user only: where payloads can be mapped
     spool_token: Short = ""  # what the file `.token` in that folder holds, which proves co-location

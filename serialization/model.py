@@ -196,7 +196,10 @@ def _unflatten(spec: Any, left: dict[str, Any], level: int) -> Any:
     if mark == _TUPLE and isinstance(value, list):
         return tuple(_unflatten(item, left, level + 1) for item in cast("list[Any]", value))
     if mark == _MAP and isinstance(value, list):
-        return dict(_pair(item, left, level) for item in cast("list[Any]", value))
+        items = [_pair(item, left, level) for item in cast("list[Any]", value)]
+        if len(nested := dict(items)) != len(items):
+            raise LayoutError("structure holds a key twice")
+        return nested
     if mark in _MARKS:
         raise LayoutError(f"structure holds {mark!r} with a {type(value).__name__}")
     return {key: _unflatten(item, left, level + 1) for key, item in pairs.items()}

@@ -93,7 +93,7 @@ def parse_json(text: str) -> dict[str, Any]:
         PayloadError: not JSON, not a map, a key twice, NaN, or nested too deep.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_float=_float, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise PayloadError(f"the payload's description is not JSON: {error or 'nested too deep'}") from None
     if not isinstance(value, dict):
@@ -106,6 +106,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) != len(pairs):
         raise PayloadError("the payload's description has a key twice")
     return out
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_constant(text[:40])  # JSON has no largest number
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -11,6 +11,8 @@ from typing import Any
 
 import structlog
 
+from .loglimit import LINES
+
 __all__ = ["die_with_parent", "setup_logging"]
 
 _PR_SET_PDEATHSIG = 1
@@ -33,6 +35,7 @@ def setup_logging(level: str = "info", json_lines: bool = False) -> None:
     """structlog to standard error: readable on a terminal, JSON lines on request."""
     number = logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
     processors: list[Any] = [
+        LINES,
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso" if json_lines else "%H:%M:%S", utc=json_lines),

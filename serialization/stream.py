@@ -250,6 +250,11 @@ class Receiver:
         return Arrival(Outcome.ACCEPTED, self.complete or self._since_grant >= max(1, self.window // 2), start)
 
     @property
+    def granted(self) -> int:
+        """How many chunks may be on their way."""
+        return self._limit - self.next
+
+    @property
     def complete(self) -> bool:
         """Every chunk is here."""
         return self.next >= self.plan.count

@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 
 import structlog
 
-from .errors import FoldError, WeightError
+from .errors import FoldError, MixedError, WeightError
 from .foldplan import MAX_WEIGHT, MIN_WEIGHT, FoldPlan, Kind
 from .intsum import WEIGHT_BITS
 
@@ -153,6 +153,8 @@ class Tally:
         self.sizes: dict[int, int] = {}
         self.metrics: dict[str, MetricSum] = {}
         self.kind: Kind | None = None
+        #: how many results have a kind; the others hold metrics alone
+        self.typed = 0
         self.weighted: bool | None = None
         self._sites: list[str] = []  # a few who set kind and weighted, to be named in errors
 
@@ -182,17 +184,16 @@ class Tally:
         """Refuse what may not be added to the results that are here.
 
         Raises:
-            FoldError: FULL and DIFF in one round.
-            WeightError: some results with steps and some without.
+            MixedError: FULL and DIFF in one round, or some results with steps and some without.
         """
         if None not in (kind, self.kind) and kind != self.kind:
-            raise FoldError(
+            raise MixedError(
                 f"result of {who} is {kind}, but those of {self._examples()} are {self.kind}:"
                 " all sites of a round must send the same params_type"
             )
         if self.weighted is not None and weighted != self.weighted:
             have, lack = (who, self._examples()) if weighted else (self._examples(), who)
-            raise WeightError(
+            raise MixedError(
                 f"{have} sent a number of steps and {lack} did not: either all results of a round carry"
                 " NUM_STEPS_CURRENT_ROUND in meta, or none does"
             )
@@ -206,7 +207,7 @@ class Tally:
         self.check_kind(contribution.kind, contribution.weighted, contribution.site)
         fresh = sum(name not in self.metrics for name, _ in contribution.metrics)
         if len(self.metrics) + fresh > MAX_METRICS:
-            raise FoldError(f"over {MAX_METRICS} different metric names in a round; sites must use the same names")
+            raise MixedError(f"over {MAX_METRICS} different metric names in a round; sites must use the same names")
         self.kind, self.weighted = self.kind or contribution.kind, contribution.weighted
         self._show([contribution.site])
         self._count(contribution, 1)
@@ -214,13 +215,12 @@ class Tally:
     def remove(self, contribution: Contribution) -> None:
         """Take a result's count out again."""
         self._count(contribution, -1)
-        if not self.count:
-            self.kind = self.weighted = None
-            self._sites.clear()
+        self._forget()
 
     def _count(self, contribution: Contribution, sign: int) -> None:
         units = sign * contribution.units
         self.count += sign
+        self.typed += sign * (contribution.kind is not None)
         self.weight += units
         add_to(self.sizes, math.frexp(contribution.weight)[1], sign)
         for name, value in contribution.metrics:
@@ -248,13 +248,20 @@ class Tally:
         self.kind, self.weighted = self.kind or other.kind, other.weighted
         self._show(other._sites)
         self.count += sign * other.count
+        self.typed += sign * other.typed
         self.weight += sign * other.weight
         for size, number in other.sizes.items():
             add_to(self.sizes, size, sign * number)
         for name, metric in other.metrics.items():
             self._count_metric(name, sign * metric.total, sign * metric.weight, sign * metric.count)
+        self._forget()
+
+    def _forget(self) -> None:
+        """What the results that were taken out said of the round goes with the last of them."""
+        if not self.typed:
+            self.kind = None
         if not self.count:
-            self.kind = self.weighted = None
+            self.weighted = None
             self._sites.clear()
 
     @property

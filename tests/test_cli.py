@@ -32,11 +32,13 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("HEAVY []")
-    for command in ("broker", "controller", "executor", "sim", "job"):
+    for command in ("broker", "controller", "executor", "sim", "job", "status"):
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["broker", "controller", "executor", "sim", "job", "job submit", "job download"])
+@pytest.mark.parametrize(
+    "command", ["broker", "controller", "executor", "sim", "job", "job submit", "job download", "status"]
+)
 def test_each_command_has_help(command: str) -> None:
     done = run(*command.split(), "--help")
     assert done.returncode == 0
@@ -73,6 +75,8 @@ def test_documented_options_are_there() -> None:
         (["executor", "--site", "a/b"], "site name 'a/b'"),
         (["broker", "--bind", "7600"], "endpoint '7600'"),
         (["broker", "--durability", "none"], "--durability 'none'"),
+        (["broker", "--set", "max_job=1"], "max_jobs (10000)"),
+        (["broker", "--set", "max_jobs=none"], "max_jobs is a whole number over 0, such as 10000"),
     ],
 )
 def test_wrong_use_is_2_and_one_clear_line(tmp_path: Path, args: list[str], text: str) -> None:

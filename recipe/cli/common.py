@@ -20,7 +20,7 @@ from ...serialization.errors import (
 
 DONE, FAILED, WRONG_USE, UNREACHABLE, TIMED_OUT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 #: Faults that say that the question was wrong, not that the broker would not.
-_WRONG_USE_FAULTS = frozenset({"unknown_job", "unknown"})
+_WRONG_USE_FAULTS = frozenset({"unknown_job", "unknown_payload"})
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import jobs, services, sim
+from . import jobs, services, sim, status
 
 app = typer.Typer(
     name="fedloom",
@@ -41,3 +41,4 @@ app.command("controller")(services.controller)
 app.command("executor")(services.executor)
 app.command("sim")(sim.sim)
 app.add_typer(jobs.app, name="job")
+app.command("status")(status.status)

@@ -33,6 +33,10 @@ def broker(
     quota_bytes: Annotated[
         int, typer.Option("--quota-bytes", metavar="N", min=0, help="The store's bound; default 80% of the free disk.")
     ] = 0,
+    bounds: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A bound or time of docs/bounds.md; may be repeated."),
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow other machines to connect, although nothing is encrypted.")
     ] = False,
@@ -45,8 +49,10 @@ def broker(
     if durability not in _DURABILITIES:
         raise JobError(f"--durability {durability!r}; allowed are {' and '.join(_DURABILITIES)}")
     bind = _endpoint(bind)
+    from ...broker.options import parse
     from ...broker.service import BrokerConfig, run_broker
 
+    chosen = parse([*(bounds or ()), *([f"quota_bytes={quota_bytes}"] if quota_bytes else ())])
     setup(log_level, log_format)
     run_broker(
         BrokerConfig(
@@ -56,7 +62,7 @@ def broker(
             advertise=advertise or "",
             durability="power" if durability == "power" else "process",
             insecure=insecure,
-            quota_bytes=quota_bytes,
+            bounds=chosen,
         )
     )
 

@@ -290,13 +290,16 @@ def test_a_boot_cannot_become_another_role_or_job(world: Any) -> None:
     assert world.core.state.jobs.jobs[one.hello.job].live
 
 
-def test_a_job_session_replaced_by_another_role_gives_its_claim_back(world: Any) -> None:
+def test_a_job_process_name_is_its_own(world: Any) -> None:
+    """Nobody else may have it, which would keep the process out; and the process no other, beside which it would work."""
     job = world.job()
     world.disconnect(job)
     thief = world.executor("s", node=job.hello.node, boot="other")
-    world.pass_time(3)
-    assert thief.got, "it has the name now"
-    assert not world.core.state.jobs.jobs[job.hello.job].live
+    assert thief.one(Fault).code == "hello"
+    second = world.peer("job", "job/second", boot="b2", job=job.hello.job, claim=1)
+    assert second.one(Fault).code == "hello"
+    job.connect()
+    assert world.core.state.jobs.jobs[job.hello.job].live
 
 
 def test_assigns_that_a_broken_link_swallowed_cost_no_try(world: Any, tools: Any) -> None:

@@ -122,7 +122,7 @@ def test_uploads_wait_for_a_checkpoint_and_nothing_is_lost(make: Callable[[int],
     job.one(Answer)
     spool = one.spool()
     assert spool["used_bytes"] - MODEL < 100 and not spool["coming_bytes"] and spool["waits"] == waited
-    assert spool["reserved_bytes"] == 5 * MODEL
+    assert spool["reserved_bytes"] == 4 * MODEL
     world.restart()
     assert one.spool()["used_bytes"] == spool["used_bytes"]
 
@@ -131,7 +131,7 @@ def test_what_is_coming_counts_until_it_lands_or_is_not_wanted(make: Callable[[i
     one = make(13 * MODEL)
     job, pool, tasks, _ = opened(one, tools, 2)
     (_, first, _), (_, second, _) = tasks
-    room = 13 - 1 - 5  # less the model and the reserve
+    room = 13 - 1 - 4  # less the model and the reserve
     answer = one.ask(room * MODEL - 100_000, f"r-{first.task}.1", job=job.hello.job, task=first.task, attempt=1)
     assert isinstance(answer, Grant)
     again = one.ask(room * MODEL - 100_000, f"r-{first.task}.1", job=job.hello.job, task=first.task, attempt=1)
@@ -151,23 +151,23 @@ def test_an_upload_that_nobody_goes_on_with_gives_its_room_back(make: Callable[[
 
 
 def test_a_job_that_cannot_fit_is_refused_with_the_figures(make: Callable[[int], Spooled]) -> None:
-    one = make(10 * MODEL)
+    one = make(6 * MODEL)
     client = one.world.client()
     archive = client.put(b"archive")
     client.send(SubmitJob(client.ref(), "t", "x", archive, meta={"model_bytes": MODEL}))
     fault = client.one(Fault)
     assert fault.code == "quota"
-    assert all(str(n) in fault.text for n in (MODEL, 12 * MODEL + archive.size, 10 * MODEL))
+    assert all(str(n) in fault.text for n in (MODEL, 7 * MODEL + archive.size, 6 * MODEL))
     client.send(SubmitJob(client.ref(), "t", "x", archive, meta={"model_bytes": MODEL // 2}))
     client.one(Answer)
     # a job that did not say how large its model is learns it when it puts it
     job = one.world.job("other")
     answer = one.ask(MODEL, "b3-model", job=job.hello.job, claim=1)
-    assert (answer.code, answer.retry_after_s) == ("quota", 0.0) and str(10 * MODEL) in answer.reason
+    assert (answer.code, answer.retry_after_s) == ("quota", 0.0) and str(6 * MODEL) in answer.reason
 
 
 def test_a_second_job_starts_when_the_first_has_left_room(make: Callable[[int], Spooled], tools: Any) -> None:
-    one = make(15 * MODEL)
+    one = make(11 * MODEL)
     first, *_ = opened(one, tools, 1)
     second = one.world.job("second")
     owner = {"job": second.hello.job, "claim": 1}

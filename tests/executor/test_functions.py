@@ -61,6 +61,14 @@ def test_a_function_trains_in_this_process_with_its_context(broker, make_executo
     assert train(weights(1.0), seen and _context()).params["w"][0, 0] == 2.0  # the function stays the user's own
 
 
+def test_a_function_without_a_second_parameter_gets_the_model_alone(broker, make_executor, weights):
+    executor = make_executor()
+    executor.task("train")(lambda model: FLModel(params={"w": model.params["w"] + 1}))
+    with executor:
+        broker.assign(("t", "site-1"), model=weights(2.0))
+        assert np.all(broker.result(broker.done("t")).params["w"] == 3.0)
+
+
 def _context():
     from fedloom.executor.context import TaskContext
 

@@ -184,3 +184,11 @@ def test_names() -> None:
     for bad in ("", "-a", "a b", "a/b", "é", "a" * 129):
         with pytest.raises(JobError, match="site name"):
             check_site_name(bad)
+
+
+def test_a_key_twice_among_very_many_is_found_at_once(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    keys = ",".join(f'"k{number}":0' for number in range(200_000))
+    (folder / "meta.json").write_text(f'{{{keys},"k199999":1}}')
+    with pytest.raises(JobError, match="key 'k199999' twice"):
+        JobSpec.load(folder)

@@ -9,7 +9,7 @@ import msgpack
 from cluster import Cluster
 from fedloom.broker import rows
 from fedloom.serialization.envelope import KIND_AT
-from fedloom.serialization.messages import Stored, decode
+from fedloom.serialization.messages import Done, Stored, decode
 from machine import Machine
 from network import Network, Socket
 from scenario import Reference
@@ -38,6 +38,7 @@ class Checker:
         #: task -> attempt whose result is committed
         self.results: dict[str, int] = {}
         self.acknowledged: dict[str, int] = {}
+        self.offered: set[tuple[str, int]] = set()  # attempts whose results somebody has sent; a Fail is answered too
         self.refusals = 0
         self.most: dict[str, int] = {}
         network.watch = self._watch
@@ -57,11 +58,18 @@ class Checker:
             self.say(f"log says {event['event']} {detail}{_error(event)}")
 
     def _watch(self, socket: Socket, frames: list[bytes]) -> None:
-        if len(frames[0]) > KIND_AT and frames[0][KIND_AT] == Stored.KIND and socket.party.name == "control":
+        kind = frames[0][KIND_AT]
+        if kind == Done.KIND and socket.party.name != "control":
+            done = decode(frames).message
+            assert isinstance(done, Done)
+            self.offered |= {(item.task, item.attempt) for item in done.items}
+        elif kind == Stored.KIND and socket.party.name == "control":
             self._take_rows()
             stored = decode(frames).message
             assert isinstance(stored, Stored)
             for ref in stored.tasks:
+                if (ref.task, ref.attempt) not in self.offered:
+                    continue
                 if self.results.get(ref.task) != ref.attempt:
                     has = self.results.get(ref.task)
                     self.say(f"attempt {ref.attempt} of {ref.task} acknowledged; committed is {has}")
@@ -193,7 +201,8 @@ class Checker:
             self.say(f"after the job's end payloads are held for {sorted(kept)}")
         if state.quota.admitted:
             self.say(f"admitted and never come: {list(state.quota.admitted)}")
-        left = [path.name for path in state.spool.incoming.iterdir()]
+        # what a dead co-located peer had not handed over goes by its age, see `Spool.sweep_incoming`
+        left = [path.name for path in state.spool.incoming.iterdir() if path.suffix in (".part", ".blocks")]
         if left:
             self.say(f"left in incoming: {left}")
 

@@ -113,6 +113,8 @@ class Cluster:
             why = why or "crash_step"
         if why and not self.calm:
             self.hits[why] += 1
+        if party.code == -9 and not self.calm and not self.ended_at:
+            self.hits[f"killed: {party.name.partition('-')[0]}"] += 1
         if party.pid in self._host_dies and self.scenario.power:
             changes = self.disk.power_cut()
             self.machine.say(f"the host forgot {changes} changes")
@@ -142,7 +144,6 @@ class Cluster:
             retry_s=0.1,
             quota_bytes=scenario.quota_models * model_bytes + 16384 if scenario.quota_models else 1 << 30,
         )
-        loop = self.loop = ControlLoop(config)
         me = system.party()
         child: list[Party] = []
 
@@ -157,12 +158,14 @@ class Cluster:
             child.append(party)
 
         try:
-            loop.run(system.Event(), watch)  # type: ignore[arg-type]
+            loop = self.loop = ControlLoop(config)
+            try:
+                loop.run(system.Event(), watch)  # type: ignore[arg-type]
+            finally:
+                loop.close()
         except StorageError as error:
             self.machine.say(f"control: {error}")
             return STORAGE_EXIT
-        finally:
-            loop.close()
         return 0
 
     def _data(self, config: ControlConfig) -> int:
@@ -319,5 +322,9 @@ class Cluster:
             self.hits["point"] += 1
 
     def _victim(self, whom: str) -> Party | None:
-        names = sorted(name for name, party in self.living.items() if party.alive and name.startswith(whom))
+        names = sorted(
+            name
+            for name, party in self.living.items()
+            if party.alive and (name == whom or name.startswith(f"{whom}-site"))
+        )
         return self.living[self.chance.choice(names)] if names else None

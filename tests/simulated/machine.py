@@ -18,6 +18,8 @@ from greenlet import GreenletExit, getcurrent, greenlet
 EPOCH = 1_700_000_000.0
 #: What a look at the world costs whoever looks: nothing in this room takes no time at all.
 STEP_S = 0.0005
+#: No wait is shorter: a loop that waits for less than a double can tell from now would never see the time pass.
+_LEAST_S = 1e-5
 _NOTHING = object()
 
 
@@ -178,7 +180,7 @@ class Machine:
         task.token += 1
         task.blocked_at = self.now
         if timeout_s is not None:
-            self._push(self.now + max(0.0, timeout_s), task, task.token, False)
+            self._push(self.now + max(_LEAST_S, timeout_s), task, task.token, False)
         value = self._hub.switch()
         task.token += 1
         if self.closed:

@@ -7,9 +7,11 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import faults
 import network as net
 import product
 import system
@@ -17,6 +19,7 @@ from check import Checker
 from cluster import Cluster
 from disk import Disk
 from faults import Plan
+from fedloom.serialization import faultpoints
 from machine import Hang, Machine
 from network import Network
 from scenario import VARIANTS, Reference, make_archive
@@ -25,6 +28,8 @@ LIMIT_S = 400.0
 REST_S = 120.0
 _LOOK_S = 0.1
 
+#: Of the run that goes on.
+CLUSTER: Cluster = None  # type: ignore[assignment]
 _references = Reference()
 _archives: dict[int, bytes] = {}
 
@@ -41,13 +46,49 @@ class Outcome:
     busy_s: float = 0.0
     executions: int = 0
     refusals: int = 0
+    most: dict[str, int] = field(default_factory=dict)
     trace: str = ""  # a hash of everything that was said: equal for equal runs
+
+    def figures(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "plan": str(self.plan),
+            "broken": [text[:6000] for text in self.broken],
+            "faults": Counter(fault.kind for fault in self.plan.faults),
+            "hits": +self.hits,
+            "steps": self.steps,
+            "virtual_ms": int(self.virtual_s * 1000),
+            "executions": self.executions,
+            "refusals": self.refusals,
+            "most": self.most,
+            "trace": self.trace,
+        }
 
 
 def base_folder() -> Path:
     """Where runs live: in memory if there is room for that."""
     shm = Path("/dev/shm")
     return shm if shm.is_dir() and shutil.disk_usage(shm).free > 1 << 28 else Path(tempfile.gettempdir())
+
+
+def draw(seed: int) -> Plan:
+    """A seed's schedule."""
+    return faults.draw(seed, [scenario.busy_s for scenario in VARIANTS])
+
+
+def parse(line: str) -> Plan:
+    """The schedule of a line in the regression file."""
+    return faults.parse(line, [scenario.busy_s for scenario in VARIANTS])
+
+
+def shrink(plan: Plan) -> Plan:
+    """As few of the faults as still break something."""
+    kept = list(plan.faults)
+    for fault in plan.faults:
+        fewer = replace(plan, faults=tuple(f for f in kept if f is not fault))
+        if run(fewer).broken:
+            kept.remove(fault)
+    return replace(plan, faults=tuple(kept))
 
 
 def run(plan: Plan, *, verbose: bool = False) -> Outcome:
@@ -76,6 +117,8 @@ def run(plan: Plan, *, verbose: bool = False) -> Outcome:
     product.LISTENER.verbose = (lambda m, e: machine.say(_line(machine, m, e))) if verbose else None
     cluster = Cluster(machine, network, disk, scenario, plan, _archives[plan.variant])
     system.killed = cluster.point_hit
+    global CLUSTER
+    CLUSTER = cluster
     outcome = Outcome(plan, checker.broken)
 
     resting = [False]
@@ -85,6 +128,7 @@ def run(plan: Plan, *, verbose: bool = False) -> Outcome:
         resting[0] = bool(cluster.ended_at) and not checker.rest(cluster)
         machine.call_at(machine.now + _LOOK_S, look)
 
+    stderr, sys.stderr = sys.stderr, sys.stderr if verbose else open("/dev/null", "w")
     try:
         cluster.start()
         look()
@@ -102,13 +146,13 @@ def run(plan: Plan, *, verbose: bool = False) -> Outcome:
     outcome.hits = cluster.hits + network.hits + disk.hits
     outcome.steps, outcome.virtual_s = machine.steps, machine.now
     outcome.executions = sum(cluster.executions.values())
-    outcome.refusals = checker.refusals
+    outcome.refusals, outcome.most = checker.refusals, checker.most
+    hashed.update(f"{machine.steps} {machine.now!r}".encode())
     outcome.trace = hashed.hexdigest()
-    stderr, sys.stderr = sys.stderr, open("/dev/null", "w")
+    sys.stderr = open("/dev/null", "w")  # what the dying say
     try:
         machine.close()
     finally:
-        sys.stderr.close()
         sys.stderr = stderr
         product.LISTENER.tell = product.LISTENER.verbose = None
         shutil.rmtree(root, ignore_errors=True)
@@ -120,8 +164,7 @@ def _calm(cluster: Cluster) -> None:
     cluster.calm = True
     cluster.network.weather.clear()
     cluster.disk.full = cluster.disk.failing = False
-    system_points = __import__("fedloom.serialization.faultpoints", fromlist=["arm"])
-    system_points.arm("")
+    faultpoints.arm("")
     for party in cluster.machine.parties.values():
         party.crash_at = 0
 

@@ -231,7 +231,12 @@ class SimpleQueue:
         end = None if timeout is None else room.now + timeout
         while not self._items:
             left = None if end is None else end - room.now
-            if not block or (left is not None and left <= 0):
+            if not block:
+                raise real_queue.Empty
+            if left is not None and left <= 0:
+                room.pause()
+                if self._items:
+                    break
                 raise real_queue.Empty
             self._waiting.append(room.me())
             room.block(left)

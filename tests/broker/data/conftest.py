@@ -21,6 +21,7 @@ from fedloom.serialization import faultpoints
 from fedloom.serialization.digest import digest_buffers
 from fedloom.serialization.messages import (
     Chunk,
+    Event,
     Finish,
     Get,
     Grant,
@@ -203,6 +204,8 @@ class FakeControl(threading.Thread):
                     answer = self.answer(put)
                     if answer is not None:
                         router.send_multipart([route, *encode(answer)])
+                case Event(kind="bounds"):
+                    pass
                 case other:
                     raise AssertionError(other)
         context.destroy(linger=0)

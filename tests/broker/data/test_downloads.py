@@ -98,7 +98,7 @@ class TestDownload:
     def test_what_is_not_here_is_aborted(self, bench: Any) -> None:
         for payload in ("r-9.9", "../../etc/passwd"):
             bench.peer(A, Get(S1, PayloadId(payload), 0, 1))
-            assert bench.one(A, Abort).code == "unknown"
+            assert bench.one(A, Abort).code == "unknown_payload"
         assert bench.transfers.idle
 
     def test_no_bytes_at_all(self, bench: Any) -> None:

@@ -140,7 +140,7 @@ def test_a_bad_digest_is_aborted(world: Any) -> None:
 
 
 def test_oversize_payloads_and_frames(world: Any) -> None:
-    world.data(max_payload_bytes=1000)
+    world.data(bounds={"max_payload_bytes": 1000})
     peer = world.peer()
     peer.send(Put(ref(BODY), S1))
     assert peer.expect(Abort).code == "size"

@@ -1,0 +1,345 @@
+"""Safeguards, each of which can be switched off, to see that the room notices: a check that cannot fail proves nothing.
+
+A mutation exchanges a function of the product, in this process alone. What catches it is the schedule and the promise
+that broke; both stand in the table that ``make proof`` prints.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from fedloom.broker import core, jobdesk, leases, linksession, payloads, quota, recovery, sessions, settle, spool
+from fedloom.broker import control as control_loop
+from fedloom.broker import journal as journals
+from fedloom.broker import jobs, streams, uploads
+from fedloom.controller import folding, gather
+from fedloom.executor import collector, deliver, outbox, state
+from fedloom.serialization import envelope, messages, stream
+
+MUTATIONS: dict[str, tuple[str, Callable[[], None]]] = {}
+
+
+def mutation(what: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Register a safeguard's switch under the function's name."""
+
+    def register(switch: Callable[[], None]) -> Callable[[], None]:
+        MUTATIONS[switch.__name__] = (what, switch)
+        return switch
+
+    return register
+
+
+@mutation("a task that has a result takes another")
+def no_duplicate_check() -> None:
+    real = settle._problem
+
+    def problem(known: Any, task: Any, node: str, item: Any) -> Any:
+        found = real(known, task, node, item)
+        return None if found is not None and found.code == "late" and task.status == "done" else found
+
+    settle._problem = problem
+
+
+@mutation("a repeated result is taken as another one")
+def no_repeat_check() -> None:
+    real = settle._settle_one
+
+    def one(ledger: Any, known: Any, node: str, item: Any, *rest: Any) -> None:
+        task = ledger.tasks.get(item.task)
+        if task is not None and task.status == "done" and task.attempt == item.attempt:
+            settle._accept(ledger, known, task, item, settle.Result(task.id, item.attempt, task.site, item.payload), rest[0])
+            rest[-1].stored.append(settle.TaskRef(item.task, item.attempt))
+            return
+        real(ledger, known, node, item, *rest)
+
+    settle._settle_one = one
+
+
+@mutation("answers leave before the transaction")
+def acknowledge_before_commit() -> None:
+    real = core.ControlCore.commit
+
+    def commit(self: Any) -> None:
+        import schedule
+
+        state, held = self.state, self.state.replies
+        loop = schedule.CLUSTER.loop
+        if loop is not None and loop.core is self:
+            for to, message, tail in held:
+                if not isinstance(to, bytes) and to.lost_at is None and isinstance(message, messages.Stored):
+                    to.push(message, tail)
+            state.replies = [r for r in held if isinstance(r[0], bytes) or not isinstance(r[1], messages.Stored)]
+            loop._send_all()
+        real(self)
+
+    core.ControlCore.commit = commit
+
+
+@mutation("a claim that was given on still commands")
+def ignore_the_claim() -> None:
+    def check(self: Any, job_id: str, claim: int) -> Any:
+        job = self.get(job_id)
+        if job.ended:
+            raise jobs.FencedError("fenced", "over")
+        return job
+
+    jobs.Jobs.check = check
+
+
+@mutation("a partial is taken though one of its tasks has a result")
+def accept_an_overlapping_partial() -> None:
+    real, problem = settle._settle_partial, settle._problem
+
+    def lenient(known: Any, task: Any, node: str, item: Any) -> Any:
+        found = problem(known, task, node, item)
+        return None if task is not None and known.live else found
+
+    def partial(*args: Any) -> None:
+        settle._problem = lenient
+        try:
+            real(*args)
+        finally:
+            settle._problem = problem
+
+    settle._settle_partial = partial
+
+
+@mutation("results leave the spool when they are announced, not when a commit or checkpoint covers them")
+def release_before_checkpoint() -> None:
+    real = payloads.PayloadTable.hold
+
+    def hold(self: Any, payload: Any, holder: str, now: float) -> None:
+        if holder.startswith("gather:") and payload.startswith(("r-", "p-")):
+            return
+        real(self, payload, holder, now)
+
+    payloads.PayloadTable.hold = hold
+
+
+@mutation("the folder of a payload is not synced")
+def skip_the_folder_sync() -> None:
+    spool.Spool._sync_folders = lambda self, folders: None
+
+
+@mutation("a payload's bytes are not synced")
+def skip_the_file_sync() -> None:
+    real = spool.Spool._sync_file
+
+    def sync(self: Any, landing: Any) -> Any:
+        before, self.durability = self.durability, "process"
+        try:
+            return real(self, landing)
+        finally:
+            self.durability = before
+
+    spool.Spool._sync_file = sync
+
+
+@mutation("an attempt that was given on may settle its task")
+def accept_a_stale_attempt() -> None:
+    real = settle._problem
+
+    def problem(known: Any, task: Any, node: str, item: Any) -> Any:
+        found = real(known, task, node, item)
+        return None if found is not None and found.code == "stale" else found
+
+    settle._problem = problem
+
+
+@mutation("the committed model is not held")
+def forget_a_reference() -> None:
+    real = payloads.PayloadTable.hold
+
+    def hold(self: Any, payload: Any, holder: str, now: float) -> None:
+        if not holder.startswith("commit:"):
+            real(self, payload, holder, now)
+
+    payloads.PayloadTable.hold = hold
+
+
+@mutation("references are never given back")
+def keep_a_reference() -> None:
+    real = payloads.PayloadTable.release_all
+
+    def release_all(self: Any, holder: str, keep: Any = ()) -> None:
+        if not holder.startswith("gather:"):
+            real(self, holder, keep)
+
+    payloads.PayloadTable.release_all = release_all
+
+
+@mutation("an executor forgets its result once it is sent")
+def forget_before_stored() -> None:
+    real = deliver.Delivery.turn
+
+    def turn(self: Any, now: float) -> None:
+        real(self, now)
+        for key, single in list(self._singles.items()):
+            if single.uploaded and single.said_at:
+                self._leave(key, True)
+
+    deliver.Delivery.turn = turn
+
+
+@mutation("an executor's results do not outlive its process")
+def outbox_in_memory() -> None:
+    outbox.Outbox._load = lambda self: None
+
+
+@mutation("nobody looks at sequence numbers")
+def no_sequence_check() -> None:
+    sessions.Session.in_order = lambda self, sequence: 0
+    linksession.Session._in_order = lambda self, packet: True
+
+
+@mutation("nobody looks at the checksum of a message")
+def no_message_checksum() -> None:
+    real = envelope.unpack_envelope
+
+    def unpack(frame: Any, body: Any, tail: Any = b"") -> Any:
+        head = bytes(frame[:12])
+        good = head + envelope._CRC.pack(zlib.crc32(head, zlib.crc32(tail, zlib.crc32(body))))
+        return real(good if len(frame) == len(good) else frame, body, tail)
+
+    messages.unpack_envelope = unpack
+
+
+@mutation("nobody looks at the checksum of a chunk, nor at the digest of a payload")
+def no_chunk_check() -> None:
+    real = stream.Receiver.on_chunk
+
+    def on_chunk(self: Any, index: int, data: Any, crc32: int, now: float) -> Any:
+        return real(self, index, data, zlib.crc32(data), now)
+
+    stream.Receiver.on_chunk = on_chunk
+    uploads._named_digest = lambda payload: ""
+    wrong = uploads.Uploads._verified if hasattr(uploads.Uploads, "_verified") else None
+    assert wrong is None
+    from fedloom.broker import link, linkstreams
+
+    linkstreams.Download._end = lambda self: self.done.set()
+    real_ref = link.Link.put
+
+    def put(self: Any, ref: Any, source: Any, **more: Any) -> Any:
+        return real_ref(self, replace(ref, digest="") if not ref.id.startswith("b3-") else ref, source, **more)
+
+    link.Link.put = put
+    linkstreams.Upload.__init__ = _without_digest(linkstreams.Upload.__init__)
+
+
+def _without_digest(init: Any) -> Any:
+    def without(self: Any, put: Any, source: Any, digest: str = "") -> None:
+        init(self, put, source, "")
+        self._digest = ""
+
+    return without
+
+
+@mutation("a job process folds what it is told, again if it is told again")
+def fold_what_is_repeated() -> None:
+    real = gather.Gather.on_done
+
+    def on_done(self: Any, done: Any, tail: Any) -> None:
+        if done.items and done.partial is None and done.items[0].index < self._have:
+            self._have = done.items[0].index
+        real(self, done, tail)
+
+    gather.Gather.on_done = on_done
+
+
+@mutation("a checkpoint claims one result more than it holds")
+def checkpoint_covers_too_much() -> None:
+    real = folding.Federation.checkpoint
+
+    def checkpoint(self: Any, known: Any, payload: Any, covered: int) -> None:
+        real(self, known, payload, min(covered + 1, known._have))
+
+    folding.Federation.checkpoint = checkpoint
+
+
+@mutation("after a takeover results that the checkpoint holds are sent singly too")
+def replay_ignores_the_checkpoint() -> None:
+    real = streams.Streams._tell_results
+
+    def tell(self: Any, session: Any, known: Any, sub: Any) -> bool:
+        covered, known.covered = known.covered, 0 if sub.cursor else known.covered
+        try:
+            if sub.cursor == covered and covered:
+                sub.cursor = covered - 1
+                done, tail = self._singles(known, covered - 1)
+                sub.cursor = covered - 1 + len(done.items)
+                session.push(done, tail)
+                return True
+            return real(self, session, known, sub)
+        finally:
+            known.covered = covered
+
+    streams.Streams._tell_results = tell
+
+
+@mutation("a site's attempt starts from what the attempt before it wrote, settled or not")
+def newest_site_state() -> None:
+    real = state.StateStore.path
+
+    def path(self: Any, site: str, job: str, version: str) -> Any:
+        asked = real(self, site, job, version)
+        found = [p for p in asked.parent.glob("*") if p.is_file()] if asked.parent.is_dir() else []
+        return max(found, key=lambda p: p.stat().st_mtime_ns) if found and asked.exists() else asked
+
+    state.StateStore.path = path
+
+
+@mutation("a site's state is thrown away when its round is over")
+def discard_site_state() -> None:
+    real = leases.Leases._settled
+    leases.Leases._settled = lambda self, owner, ref: ref.task in self.tasks and real(self, owner, ref)
+
+
+@mutation("what a dead executor had is not given on")
+def keep_the_dead_ones_leases() -> None:
+    leases.Leases.owner_gone = lambda self, node, now, *, polite: None
+    leases.Leases._expire = lambda self, *a: None
+
+
+@mutation("the row of a payload is written before its file is whole")
+def row_before_file() -> None:
+    real = recovery.recover
+
+    def recover(known: Any, now: float) -> Any:
+        found = real(known, now)
+        known.spool.finish_all = lambda landings: []
+        return found
+
+    core.recover = recover
+    spool.Spool.exists = lambda self, payload, size=None: True
+
+
+@mutation("files whose rows are gone stay")
+def files_are_not_deleted() -> None:
+    spool.Spool.delete = lambda self, payload: 0
+    spool.Spool.sweep = lambda self, known: []
+
+
+@mutation("an admitted upload that never came keeps its room")
+def admissions_are_not_given_back() -> None:
+    quota.Quota.landed = lambda self, payload: None
+
+
+@mutation("after an error the broker goes on with what it has in memory")
+def save_half_a_turn() -> None:
+    real = journals.Journal._save_ledger
+
+    def save(self: Any, ledger: Any) -> None:
+        fresh, ledger.fresh = ledger.fresh, ledger.fresh[:-1]
+        try:
+            real(self, ledger)
+        finally:
+            ledger.fresh = fresh
+
+    journals.Journal._save_ledger = save
+
+
+__all__ = ["MUTATIONS", "collector", "control_loop", "jobdesk"]
