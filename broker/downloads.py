@@ -173,13 +173,10 @@ class Downloads:
     def _send_next(self, download: _Download, now: float) -> bool:
         """Send a stream's next chunk, or its end; False when it has nothing to send now."""
         sender = download.sender
-        if download.finished:
-            # sent whole: its peer asks again for what it misses, and may be gone with what it has
-            if sender.cursor >= sender.plan.count:
-                return False
-            download.finished = False
+        # also of one that was sent whole: its peer may miss a chunk, and says so; one that says nothing is closed first
         index = sender.next_chunk(now)
         if index is not None:
+            download.finished = False
             try:
                 data, crc32 = download.file.read(sender.plan, index)
             except OSError as error:

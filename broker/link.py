@@ -50,6 +50,8 @@ __all__ = ["Link", "LocalSpool", "fault_error"]
 log = structlog.get_logger(__name__)
 
 _BACKOFF_S = (0.05, 2.0)
+#: How often a file is written for a co-located broker that loses it.
+_WRITES = 5
 
 
 class Link:
@@ -212,13 +214,18 @@ class Link:
         return stored
 
     def _put_file(self, put: Put, source: Source, path: Path, timeout_s: float) -> PayloadRef:
-        source.write_to(path)  # in the caller's thread; the broker takes it by its name
-        upload = Upload(replace(put, local=path.name), None)
-        try:
-            return self._run_stream(upload, timeout_s, f"upload of {put.payload.id}") or put.payload
-        finally:
-            if not upload.done.is_set() or upload.error:
-                path.unlink(missing_ok=True)
+        for left in reversed(range(_WRITES)):
+            source.write_to(path)  # in the caller's thread; the broker takes it by its name
+            upload = Upload(replace(put, stream=secrets.token_hex(16), local=path.name), None)
+            try:
+                return self._run_stream(upload, timeout_s, f"upload of {put.payload.id}") or put.payload
+            except FaultError as error:
+                if error.code != "missing" or not left:
+                    raise  # else a broker took it and died before it had a row for it
+            finally:
+                if not upload.done.is_set() or upload.error:
+                    path.unlink(missing_ok=True)
+        raise AssertionError(put)
 
     def put_local(self, ref: PayloadRef, name: str, *, timeout_s: float = 600.0, **owner: Any) -> PayloadRef:
         """Hand over a finished file that was written as ``local.incoming_path(name)``. Raises as `put`."""

@@ -67,10 +67,11 @@ class Upload:
         self._digest = digest or put.payload.digest
 
     def reconnect(self) -> None:
-        """The data link is new: ask again."""
+        """The data link is new: ask again, and take its grants, whose epochs may be lower: a power cut forgets some."""
         self._asked_at = _NEVER
         self._answered = False
         self._finished_at = _NEVER
+        self._sender = None
 
     def outgoing(self, now: float, welcome: Welcome) -> Iterator[Sequence[Buffer]]:
         """The frames to send now."""
@@ -117,7 +118,8 @@ class Upload:
                 if self._sender is None or self._chunk_bytes != welcome_chunk:
                     self._chunk_bytes = welcome_chunk
                     self._sender = Sender(ChunkPlan(self.put.payload.size, welcome_chunk))
-                    self.resumed_at = message.next
+                    if not self.chunks_sent:
+                        self.resumed_at = message.next
                 self._answered = True
                 self._sender.on_grant(message.epoch, message.next, message.limit, now)
             case Stored():
@@ -172,6 +174,10 @@ class Download:
             return
         if not self._answered and now >= self._asked_at + _ASK_S:
             self._asked_at = now
+            _, start, limit = self._receiver.grant()
+            yield encode(Get(self.stream, self.ref.id, start, limit))
+        elif self._answered and self._all_sent_at is not None and self._receiver.due(now):
+            # a link keeps order: what did not come before Finish was lost, and is asked for again
             _, start, limit = self._receiver.grant()
             yield encode(Get(self.stream, self.ref.id, start, limit))
         elif self._grant_due or (self._answered and self._receiver.due(now)):

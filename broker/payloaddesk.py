@@ -15,6 +15,8 @@ from .state import BrokerState
 __all__ = ["PayloadDesk"]
 
 _LANDED = "landed"
+#: Refusals that are about who asks: the payload may still come from another.
+_ASKERS = ("forbidden", "payload_id")
 _RETRY_S = 1.0
 #: An upload that was admitted and not written to for so long has no room kept any more.
 _IDLE_S = 600.0
@@ -113,9 +115,8 @@ class PayloadDesk:
             self._state.counters[f"put.{code}"] += 1
             if isinstance(error, FaultError) and error.bound:
                 self._state.bounds.reached(error.bound)
-            self._state.quota.landed(ref.id)
-            if message.local == _LANDED and ref.id not in payloads.rows and code != "payload_id":
-                payloads.doomed[ref.id] = None  # its file is in the spool, and will never have a row
+            if code not in _ASKERS:
+                self._state.quota.refuse(ref.id)
             return Abort(message.stream, code, str(error)[:1024])
         payloads.add(ref, holder, now)
         self._state.quota.landed(ref.id)
@@ -130,7 +131,7 @@ class PayloadDesk:
             written = state.spool.incoming_since(payload)
             if written is not None and time.time() - written < _IDLE_S:
                 continue
-            state.quota.landed(payload)
+            state.quota.refuse(payload)
             if written is not None:
                 state.abandoned.add(payload)
 

@@ -121,6 +121,11 @@ class PayloadTable:
             self._drop(payload)
         return holders
 
+    def doom(self, payload: PayloadId) -> None:
+        """The payload will not come: its file goes after the commit, if it is here without a row."""
+        if payload not in self.rows:
+            self.doomed[payload] = None
+
     def unheld(self) -> list[PayloadId]:
         """Rows that nobody holds (none, unless a journal was cut in a way that SQLite rules out)."""
         return [payload for payload, holders in self.holds.items() if not holders]

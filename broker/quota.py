@@ -2,7 +2,8 @@
 
 Counted are the payloads that have rows, and those that were admitted and are on their way. For each job that has a
 model in the spool a reserve is kept that uploads can never take: two checkpoints (int64 sums, so twice a float32
-model unless the job says more), or one beside the next model and state. So a full spool cannot deadlock a round: the
+model unless the job says more), or one beside the next model and state; and until it has them, what its commits keep
+beside the last model: the best one, a state. So a full spool cannot deadlock a round: the
 job's process can always store the checkpoint that frees the results which it covers.
 
 Uploads of a job that have to wait keep their turn: a later one comes in only where all before it would fit as well.
@@ -269,11 +270,19 @@ class Quota:
         if known is not None:
             self._coming -= known.payload.size
 
+    def refuse(self, payload: PayloadId) -> None:
+        """It will have no row: its file goes, where it is whole and its uploader has died before it could say so."""
+        self.landed(payload)
+        self._payloads.doom(payload)
+
     def forget(self, *, job: str = "", tasks: frozenset[TaskId] = frozenset()) -> list[PayloadId]:
-        """What was on its way for this job, or for these tasks, is not wanted any more; the ids."""
+        """What was on its way for this job, or for these tasks, is not wanted any more; the ids.
+
+        A file that is whole already and has no row yet goes as well.
+        """
         gone = [i for i, a in self.admitted.items() if (job and a.job == job and not a.task) or a.task in tasks]
         for payload in gone:
-            self.landed(payload)
+            self.refuse(payload)
         for payload in [i for i, t in self.turns.items() if (job and t.job == job) or t.task in tasks]:
             del self.turns[payload]
         return gone
@@ -304,7 +313,17 @@ class Quota:
         kept = {payload for holder in holders for payload in self._payloads.held_by(holder)}
         taken = sum(self._payloads.rows[payload].size for payload in kept if self._is_extra(payload))
         taken += sum(a.payload.size for a in self.admitted.values() if a.own and a.job == job.id)
-        return max(0, needs.reserve - taken)
+        return max(0, needs.reserve - taken) + self._to_come(job, needs)
+
+    @staticmethod
+    def _to_come(job: Job, needs: Needs) -> int:
+        """What a later commit keeps beside its model: the best one before, and a state. Commits are not refused."""
+        if needs.rounds == 1:
+            return 0
+        commit = job.commit
+        best = commit is not None and commit.best is not None and commit.best != commit.model
+        state = commit is not None and commit.state is not None
+        return (0 if best else needs.model) + (0 if state else needs.state)
 
     def _is_extra(self, payload: PayloadId) -> bool:
         """Whether a payload is none of those that a round has anyway: the model it starts from, the last commit's."""

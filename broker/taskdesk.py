@@ -220,7 +220,7 @@ class TaskDesk:
             message = Assign(
                 job=gather.job, gather=gather.id, round=spec.round, step=spec.step, name=spec.name, items=part,
                 lease_s=spec.lease_s, archive=job.archive if job else None, payload=spec.payload, fold=spec.fold,
-                config=spec.config, partials=spec.partials, seed=spec.seed,
+                config=spec.config, partials=spec.partials, seed=spec.seed, redo=spec.redo,
             )  # fmt: skip
             state.reply(session, message, tail)
             messages += 1

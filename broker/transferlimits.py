@@ -28,7 +28,7 @@ class Limits:
     max_peers: int = 65536  # sessions, and Hellos that wait for theirs
     peer_outbox_messages: int = 1024  # for a peer whose socket is full; then it is dropped and comes again
     control_outbox_messages: int = 1024  # for a control process that is away; the oldest go, since all is asked again
-    max_ended: int = 4096  # streams that ended lately, whose late chunks get no answer each
+    max_ended: int = 4096  # streams that ended lately, and what their peers were told
     stall_s: float = 30.0  # a stream without a new chunk for so long ends; its partial file stays
     resend_s: float = 10.0  # of downloads
     linger_s: float = 5.0  # how long a download that was sent whole waits for the peer's last grant

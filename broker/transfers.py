@@ -55,6 +55,12 @@ class _Waiting:
     since: float
 
 
+@dataclass(slots=True)
+class _End:
+    answer: Abort | Stored | None  # how the stream ended, as its peer was told; None: the peer ended it
+    told_at: float
+
+
 class Transfers:
     """All streams of all peers.
 
@@ -80,7 +86,8 @@ class Transfers:
         self._routes: dict[bytes, str] = {}  # who said Hello, and in which session
         self._peers: dict[str, bytes] = {}  # the other way round
         self._waiting: OrderedDict[bytes, _Waiting] = OrderedDict()
-        self._ended: OrderedDict[tuple[bytes, str], None] = OrderedDict()
+        self._ended: OrderedDict[tuple[bytes, str], _End] = OrderedDict()
+        self._now = 0.0
         self.bounds = Bounds()
         self._told: dict[str, Any] = {}  # what control knows of the bounds
         self._told_at = 0.0
@@ -110,6 +117,7 @@ class Transfers:
 
     def on_peer(self, route: bytes, packet: Packet, now: float) -> None:
         """A message off the data link."""
+        self._now = now
         message = packet.message
         if self._boxed(route, now):
             return
@@ -181,6 +189,7 @@ class Transfers:
 
     def on_control(self, packet: Packet, now: float) -> None:
         """A message of the control process."""
+        self._now = now
         match packet.message:
             case Welcome() as welcome:
                 self._session(welcome, now)
@@ -201,6 +210,7 @@ class Transfers:
 
     def landed(self, key: str, now: float, *, gone: bool = False) -> None:
         """A `Landing` is durable under its payload's id; or ``gone``: its file was not there any more."""
+        self._now = now
         self.uploads.landed(key, now, gone=gone)
 
     def lost(self, route: bytes) -> None:
@@ -218,6 +228,7 @@ class Transfers:
         Args:
             outbox: messages in the fullest peer's outbox.
         """
+        self._now = now
         self.bounds.tick(now)
         if now - self._told_at >= _FIGURES_S:
             self._told_at = now
@@ -331,26 +342,33 @@ class Transfers:
 
     def _send(self, out: Outgoing) -> None:
         match out.message:
-            case Abort() | Stored():
-                self._forget(out.route, out.message.stream)
+            case Abort() | Stored() as answer:
+                self._forget(out.route, answer.stream, answer)
             case _:
                 pass
         self._outgoing.append(out)
 
-    def _forget(self, route: bytes, stream: str) -> None:
-        self._ended[route, stream] = None
+    def _forget(self, route: bytes, stream: str, answer: Abort | Stored | None = None) -> None:
+        self._ended[route, stream] = _End(answer, self._now)
         while len(self._ended) > self.limits.max_ended:
             self._ended.popitem(last=False)
             self.bounds.reached("max_ended")
 
     def _unknown_stream(self, route: bytes, message: Chunk | Grant | Finish, now: float) -> None:
-        """Say once that the stream is unknown, so that the peer repeats its Put or Get; ignore what follows."""
-        if (route, message.stream) in self._ended or not self._may_fault(now):
+        """Say that the stream is unknown, so that the peer repeats its Put or Get, or how it ended.
+
+        What was on its way then is ignored; who goes on after that has not heard the answer, and gets it again.
+        """
+        end = self._ended.get((route, message.stream))
+        if end is not None and (end.answer is None or now < end.told_at + self.limits.retry_s):
             return
-        if isinstance(message, Grant) and message.next >= message.limit:
+        if not self._may_fault(now):
+            return
+        if end is None and isinstance(message, Grant) and message.next >= message.limit:
             self._forget(route, message.stream)  # the last grant of a download that was sent whole
             return
-        self._send(Outgoing(route, Abort(message.stream, "unknown_stream", "repeat Put or Get", self.limits.retry_s)))
+        unknown = Abort(message.stream, "unknown_stream", "repeat Put or Get", self.limits.retry_s)
+        self._send(Outgoing(route, (end and end.answer) or unknown))
 
     def _fault(self, route: bytes, code: str, text: str, now: float, *, force: bool = False) -> None:
         if force or self._may_fault(now):

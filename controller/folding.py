@@ -9,12 +9,22 @@ from typing import Any
 
 import structlog
 
-from ..serialization.errors import FoldError, GatherError, MixedError, PayloadError, WireError
+from ..serialization.errors import (
+    FaultError,
+    FedloomError,
+    FencedError,
+    FoldError,
+    GatherError,
+    LinkError,
+    MixedError,
+    PayloadError,
+    WireError,
+)
 from ..serialization.faultpoints import fault_point
 from ..serialization.feeder import Feeder
 from ..serialization.fold import Good
 from ..serialization.header import header_bytes_needed, read_header
-from ..serialization.messages import Failure
+from ..serialization.messages import Failure, PayloadRef
 from .aggregators.base import Aggregate
 from .federation import Federation
 from .gather import Gather, Result
@@ -181,15 +191,29 @@ class Folding:
             return
         intake = _Intake(ref.size, lambda header: fold.begin(header, site=result.site, meta=result.meta))
         try:
-            self._fed.link.stream(ref, intake.feed)
-            intake.finish()
+            self._stream(ref, intake)
         except FoldError:
             undo = intake.feeder.undo() if intake.feeder is not None and not intake.feeder.closed else None
             if undo is not None:
-                again = _Intake(ref.size, lambda header: undo)
-                self._fed.link.stream(ref, again.feed)
-                again.finish()
+                self._stream(ref, _Intake(ref.size, lambda header: undo))
             raise
+
+    def _stream(self, ref: PayloadRef, intake: _Intake) -> None:
+        """The payload's bytes into the intake.
+
+        Raises:
+            LinkError: they did not come, or came damaged, which is not the site's doing: half of them are in the fold,
+                and whoever takes the job next begins anew.
+        """
+        try:
+            self._fed.link.stream(ref, intake.feed)
+        except FencedError:
+            raise
+        except (PayloadError, FaultError) as error:
+            if error is intake.wrong:
+                raise
+            raise LinkError(f"payload {ref.id} did not arrive: {error}") from error
+        intake.finish()
 
     def _source(self, result: Result) -> Path | bytes:
         return result.inline if result.payload is None else self._fed.fetch(result.payload)
@@ -241,6 +265,7 @@ class _Intake:
 
     def __init__(self, size: int, begin: Callable[[Any], Feeder]) -> None:
         self.feeder: Feeder | None = None
+        self.wrong: FedloomError | None = None  # what is the matter with the bytes themselves
         self._size = size
         self._begin = begin
         self._head = bytearray()
@@ -248,6 +273,13 @@ class _Intake:
 
     def feed(self, offset: int, data: memoryview) -> None:
         """A chunk at this place of the payload."""
+        try:
+            self._feed(offset, data)
+        except FedloomError as error:
+            self.wrong = error
+            raise
+
+    def _feed(self, offset: int, data: memoryview) -> None:
         if self.feeder is not None:
             self.feeder.feed(offset - self._data_start, data)
             return

@@ -290,6 +290,7 @@ class Agent:
                 continue
             for old in desk.attempts(item.task):
                 worker.abandon(old)  # an attempt that the broker has given up
+            collector.delivery.drop_older(run.key)
             desk.add(run)
             fresh.append(run)
         if accepted:
@@ -302,6 +303,8 @@ class Agent:
             preparer = self._preparer
             assert preparer is not None
             desk.submit(lambda: preparer.prepare(work), lambda _, error: self._prepared(work, error))
+            if not message.redo:  # which may start from an older version than the current one
+                collector.drop_old_states(message.job, [run.item.site for run in fresh])
 
     def _prepared(self, work: Work, error: Exception | None) -> None:
         _, worker, _ = self._parts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Collector:
         self._news: deque[Key] = deque()  # finished, in a batch, and the broker does not know
         self._news_at = 0.0
         # until settled: site, job, version written, the version it started from
-        self._bases: dict[Key, tuple[str, str, str, str]] = {
+        self._states: dict[Key, tuple[str, str, str, str]] = {
             held.key: (held.item.site, held.job, held.item.state, held.base) for held in desk.outbox
         }
 
@@ -78,7 +79,7 @@ class Collector:
             restarted=run.restarted,
             run_s=float(message.get("run_s", 0.0)),
         )
-        self._bases[run.key] = (run.item.site, run.job, version, run.item.state)
+        self._states[run.key] = (run.item.site, run.job, version, run.item.state)
         result = Result(
             run.job,
             run.work.assign.gather,
@@ -204,24 +205,30 @@ class Collector:
         for item in items:
             self._desk.close_run((item.task, item.attempt))
 
-    def _settled(self, key: Key, stored: bool) -> None:
-        """The broker has the result, or does not want it."""
+    def _settled(self, key: Key) -> None:
+        """The broker has the result, or does not want it. Its site's versions stay, see `drop_old_states`."""
         self._desk.let_go(key)
-        entry = self._bases.pop(key, None)
-        if entry is None:
+        self._states.pop(key, None)
+
+    def drop_old_states(self, job: str, sites: Iterable[str]) -> None:
+        """An Assign has named the current version of these sites, and its attempts are here: remove what no attempt
+        starts from or writes.
+
+        A version that was settled after the Assign was sent is an attempt's still: the answer to its Done comes behind
+        the Assign. One that was settled before is the named one, or older and replaced.
+        """
+        states = self._desk.states
+        needed: dict[str, set[str]] = {site: set() for site in sites if states.has_any(site, job)}
+        if not needed:
             return
-        site, job, version, base = entry
-        if not version:
-            return
-        if stored:
-            others = {v for s, j, v, _ in self._bases.values() if (s, j) == (site, job)}
-            others |= {b for s, j, _, b in self._bases.values() if (s, j) == (site, job)}
-            for run in self._desk.runs.values():
-                if run.item.site == site and run.job == job:  # its own may be written, and not told of yet
-                    others |= {run.item.state, version_name(*run.key)}
-            self._desk.states.settle(site, job, version, base, frozenset(others))
-        else:
-            self._desk.states.discard(site, job, version)
+        for site, of_job, written, base in self._states.values():
+            if of_job == job and site in needed:
+                needed[site] |= {written, base}
+        for run in self._desk.runs.values():  # its own may be written, and not told of yet
+            if run.job == job and run.item.site in needed:
+                needed[run.item.site] |= {run.item.state, version_name(*run.key)}
+        for site, versions in needed.items():
+            states.keep_only(site, job, versions)
 
     def _give_back(self, results: list[Result], reason: str) -> None:
         """These are lost without their code's fault: they are to be done again, but not for ever."""
@@ -238,7 +245,7 @@ class Collector:
 
     def _discard(self, result: Result) -> None:
         self._unlink(result)
-        self._bases.pop((result.item.task, result.item.attempt), None)
+        self._states.pop((result.item.task, result.item.attempt), None)
         if result.item.state:
             self._desk.states.discard(result.item.site, result.job, result.item.state)
 

@@ -34,6 +34,8 @@ log = structlog.get_logger(__name__)
 #: A Done that nobody answered is said again after this; a reconnect repeats it at once.
 REPEAT_S = 20.0
 _RETRY_S = (0.5, 30.0)
+#: The broker's word for an attempt that it wants no payload of any more.
+_OVER = ("closed", "late", "stale")
 _UPLOAD_S = 24 * 3600.0
 #: Of the 64 KiB that Done's body may have.
 _BODY_BYTES = 56 * 1024
@@ -100,8 +102,8 @@ class _Partial:
 
 
 Submit = Callable[[Callable[[], Any], Callable[[Any, Exception | None], None]], None]
-#: (attempt, stored): the attempt is settled, or its result was not wanted.
-Settled = Callable[[Key, bool], None]
+#: The attempt is settled, or its result was not wanted.
+Settled = Callable[[Key], None]
 
 
 class Delivery:
@@ -143,14 +145,19 @@ class Delivery:
     def drop(self, key: Key) -> None:
         """This attempt's result is not wanted any more."""
         if key in self._singles:
-            self._leave(key, False)
+            self._leave(key)
+
+    def drop_older(self, key: Key) -> None:
+        """The broker has assigned this attempt, and so given up those before it."""
+        for attempt in range(1, key[1]):
+            self.drop((key[0], attempt))
 
     def drop_job(self, job: str) -> None:
         """The job is over: nobody waits for its results."""
         for key in [key for key, single in self._singles.items() if single.held.job == job]:
-            self._leave(key, False)
+            self._leave(key)
         for partial in [partial for partial in self._partials.values() if partial.job == job]:
-            self._leave(partial.keys[0], False)
+            self._leave(partial.keys[0])
 
     def repeat(self) -> None:
         """The link is new: what was said on the old one may be lost."""
@@ -161,16 +168,16 @@ class Delivery:
         """The broker has committed these, and refused those."""
         refused = {(r.task, r.attempt): r for r in message.refused}
         for ref in message.tasks:
-            self._leave((ref.task, ref.attempt), True)
+            self._leave((ref.task, ref.attempt))
         for key, refusal in refused.items():
             log.info("result_refused", task=key[0], attempt=key[1], code=refusal.code, reason=refusal.reason)
-            self._leave(key, False)
+            self._leave(key)
 
-    def _leave(self, key: Key, stored: bool) -> None:
+    def _leave(self, key: Key) -> None:
         found = self._singles.pop(key, None)
         if found is not None:
             self._outbox.remove(key)
-            self._settled(key, stored)
+            self._settled(key)
             return
         partial = self._partial_of.get(key)
         if partial is not None:
@@ -178,7 +185,7 @@ class Delivery:
             self._partials.pop(partial.ref.id, None)
             for other in partial.keys:
                 del self._partial_of[other]
-                self._settled(other, stored)
+                self._settled(other)
 
     # ------------------------------------------------------------ sending
 
@@ -239,6 +246,9 @@ class Delivery:
         if key not in self:
             return  # it is not wanted any more
         lost = isinstance(error, OSError)
+        if isinstance(error, FaultError) and error.code in _OVER:
+            entry.uploaded = True  # it may be over because of this very result: the answer to its Done tells
+            return
         if isinstance(error, FaultError) or lost or not isinstance(error, FedloomError):
             log.warning("result_not_taken", code=getattr(error, "code", type(error).__name__), reason=str(error))
             self._give_up(entry, str(error))
@@ -254,7 +264,7 @@ class Delivery:
         keys = entry.keys if isinstance(entry, _Partial) else [entry.held.key]
         for task, attempt in keys:  # not Decline, which may be repeated for ever: a try that counts
             self._link.send(Fail(_id(task), attempt, "not_taken", reason[:4000], retryable=True))
-        self._leave(keys[0], False)
+        self._leave(keys[0])
 
 
 def _id(text: str) -> Any:

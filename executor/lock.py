@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -33,7 +34,8 @@ class WorkspaceLock:
 
     def connected(self) -> None:
         """From here on an end without `goodbye` is seen by the next one."""
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the next one takes it that this one ended well
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def goodbye(self) -> None:
         """The broker knows that this executor has ended."""

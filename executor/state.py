@@ -4,6 +4,10 @@ An attempt starts from the version that its Assign names and writes a new one, n
 counts once the broker has stored the attempt's result, so an attempt that is lost or refused leaves no trace: the next
 one starts from where the first had started.
 
+Which version counts only the broker knows: its answers are lost, repeated and late. So a version goes only where the
+broker itself says that it is over with: an Assign names the site's current version, and every other one that no attempt
+here starts from or writes has been replaced for good.
+
 A version is a payload file: the tensors as they are, and ``tree``, the JSON of everything else with their places. Keys
 may be texts or whole numbers (an optimizer's ``state_dict()`` has both).
 """
@@ -16,6 +20,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, MutableMapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, cast
 
@@ -205,20 +210,18 @@ class StateStore:
             raise PayloadError(f"site-state version {version!r}; '<task>.<attempt>' belongs here")
         return self.folder(site, job) / version
 
-    def settle(self, site: str, job: str, version: str, base: str, pending: frozenset[str] = frozenset()) -> None:
-        """``version`` is the site's current one now: keep it, the one it started from (a task may be asked for again),
-        and those of attempts not settled yet; remove the others.
-        """
-        keep = {version, base} | pending
-        folder = self.folder(site, job)
-        if not folder.is_dir():
-            return
-        for item in folder.iterdir():
-            if item.name not in keep and not item.name.startswith("."):
+    def has_any(self, site: str, job: str) -> bool:
+        """Whether this site has a folder of versions for this job."""
+        return self.folder(site, job).is_dir()
+
+    def keep_only(self, site: str, job: str, versions: AbstractSet[str]) -> None:
+        """Remove all others, and what is left of writes that were cut short."""
+        for item in self.folder(site, job).iterdir():
+            if item.name.removeprefix(".").removesuffix(".part") not in versions:
                 item.unlink(missing_ok=True)
 
     def discard(self, site: str, job: str, version: str) -> None:
-        """The attempt that wrote this version was lost or refused."""
+        """The attempt that wrote this version has ended, and its result was never offered to the broker."""
         if version:
             self.path(site, job, version).unlink(missing_ok=True)
 

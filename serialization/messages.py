@@ -280,6 +280,7 @@ class Assign:
     config: dict[str, Any] = field(default_factory=dict)
     partials: bool = False
     seed: Count = 0
+    redo: Annotated[int, Limit(low=0, high=16)] = 0  # > 0: from the versions of the first try, not the current ones
 
 
 @dataclass(frozen=True, slots=True)

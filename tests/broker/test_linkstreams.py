@@ -191,6 +191,22 @@ def test_up_and_down(line: Line, upload: Any, download: Any) -> None:
     assert got == BODY
 
 
+def test_a_power_cut_that_forgot_the_epochs(line: Line, upload: Any) -> None:
+    line.epoch = 70_000
+    up = upload()
+    for _ in range(2):  # Put; Grant
+        line.send()
+        while line.up:
+            line.arrive(line.up.popleft())
+        while line.down:
+            line.deliver(line.down.popleft())
+    line.epoch = 0
+    line.boot()
+    line.run(up)
+    assert line.stored(ref_of(BODY)) == BODY
+    assert line.now < 105.0, "nothing waits for a resend"
+
+
 def test_what_is_there_is_not_sent_again(line: Line, upload: Any) -> None:
     line.run(upload())
     again = upload()

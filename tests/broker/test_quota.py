@@ -87,6 +87,26 @@ def opened(one: Spooled, tools: Any, sites: int) -> tuple[Any, Any, list[Any], s
     return job, pool, tools.work(pool), job.one(Receipt).gather
 
 
+@pytest.mark.parametrize("asked_again", [True, False])
+def test_a_file_whose_uploader_died_before_its_row_goes_with_what_it_was_for(
+    make: Callable[[int], Spooled], tools: Any, asked_again: bool
+) -> None:
+    one = make(20 * MODEL)
+    spool = one.world.core.state.spool
+    job, _, tasks, _ = opened(one, tools, 2)
+    assign, ref, _ = tasks[0]
+    name = f"r-{ref.task}.1"
+    owner = {"job": assign.job, "task": ref.task, "attempt": 1}
+    assert isinstance(one.ask(6, name, **owner), Grant)
+    spool.store(name, [b"result"])  # and the data process dies
+    job.send(EndJob(3, assign.job, 1, "FINISHED:COMPLETED"))
+    if asked_again:
+        assert one.ask(6, name, **owner).code == "closed"
+    one.world.turn()
+    assert not spool.exists(name)
+    assert one.spool()["coming_bytes"] == 0
+
+
 def test_uploads_wait_for_a_checkpoint_and_nothing_is_lost(make: Callable[[int], Spooled], tools: Any) -> None:
     one = make(14 * MODEL)
     world = one.world
@@ -122,7 +142,7 @@ def test_uploads_wait_for_a_checkpoint_and_nothing_is_lost(make: Callable[[int],
     job.one(Answer)
     spool = one.spool()
     assert spool["used_bytes"] - MODEL < 100 and not spool["coming_bytes"] and spool["waits"] == waited
-    assert spool["reserved_bytes"] == 4 * MODEL
+    assert spool["reserved_bytes"] == 5 * MODEL  # two checkpoints, and the best model once it is another
     world.restart()
     assert one.spool()["used_bytes"] == spool["used_bytes"]
 
@@ -131,7 +151,7 @@ def test_what_is_coming_counts_until_it_lands_or_is_not_wanted(make: Callable[[i
     one = make(13 * MODEL)
     job, pool, tasks, _ = opened(one, tools, 2)
     (_, first, _), (_, second, _) = tasks
-    room = 13 - 1 - 4  # less the model and the reserve
+    room = 13 - 1 - 5  # less the model and the reserve
     answer = one.ask(room * MODEL - 100_000, f"r-{first.task}.1", job=job.hello.job, task=first.task, attempt=1)
     assert isinstance(answer, Grant)
     again = one.ask(room * MODEL - 100_000, f"r-{first.task}.1", job=job.hello.job, task=first.task, attempt=1)
@@ -200,3 +220,22 @@ def test_the_question_of_a_controller_is_answered_while_the_spool_is_full(make: 
     controller = one.world.peer("controller", "controller/a")
     controller.send(ClaimJob(1))
     assert not controller.take(Claimed) and not controller.take(Fault)
+
+
+def test_what_a_commit_keeps_beside_its_model_is_reserved(make: Callable[[int], Spooled], tools: Any) -> None:
+    """Else a best model that is not the last takes the room of the results: of two jobs neither got one any more."""
+    one = make(30 * MODEL + 1000)
+    first, second = one.world.job("first"), one.world.job("second")
+    owner = {"job": first.hello.job, "claim": 1}
+    model = one.land(3 * MODEL, "b3-first", **owner)
+    first.send(*tools.opening(first, sites=("site-1",), payload=model))
+    answer = one.ask(2 * MODEL, "b3-second", job=second.hello.job, claim=1)
+    assert isinstance(answer, Abort) and answer.retry_after_s > 0, "it starts when the first has ended"
+    for round_, best in ((0, True), (1, False)):
+        model = one.land(3 * MODEL, f"b3-first.{round_}", **owner)
+        before = one.spool()
+        first.send(Commit(first.ref(), first.hello.job, 1, round_, model=model, best=best))
+        first.one(Answer)
+        spool = one.spool()
+        taken, was = (s["used_bytes"] + s["reserved_bytes"] for s in (spool, before))
+        assert taken <= was, "a commit takes nothing that was not kept for it"

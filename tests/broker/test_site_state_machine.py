@@ -1,8 +1,9 @@
 """Site states between the ledger and the agent's own files: crashes, cuts, repeats, late results, jobs that end.
 
 One site-state rule, from two sides that hear of each other late: an attempt starts from the version of the site's last
-settled task, and that version's file is there for it. The ledger, the outbox, the collector and the store are real; the
-link is two queues, the script a rule.
+settled task, and that version's file is there for it. Two gathers may be at work at once, so that two results of one
+site wait for their Stored; a redo starts from where its first try had. The ledger, the outbox, the collector and the
+store are real; the link is two queues, the script a rule.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fedloom.serialization.messages import (
     CloseRule,
     Done,
     Fail,
+    GatherId,
     JobId,
     OpenGather,
     Stored,
@@ -71,7 +73,11 @@ class SiteStateMachine(RuleBasedStateMachine):
         self.to_agent: deque[Any] = deque()
         self.written: dict[str, list[str]] = {}  # what each version holds: the tasks whose work is in it
         self.last: dict[str, str] = {}  # by site: the version of its last settled task
+        self.last_step: dict[str, int] = {}  # by site: that task's step, counted over all rounds
         self.settled: set[str] = set()
+        self.steps: dict[GatherId, int] = {}
+        self.started: dict[tuple[int, str], str] = {}  # by step and site: the version that its last attempt was given
+        self.named: dict[str, str] = {}  # by site: the version that its last Assign named
         self.desk: Desk | None = None
         self.start_agent()
 
@@ -116,22 +122,56 @@ class SiteStateMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ the broker
 
-    @precondition(lambda self: not any(g.live for g in self.ledger.gathers.values()))
+    @property
+    def live(self) -> int:
+        return sum(g.live for g in self.ledger.gathers.values())
+
+    @property
+    def redoing(self) -> bool:
+        return any(g.live and g.spec.redo for g in self.ledger.gathers.values())
+
+    def _open(self, step: int, sites: tuple[str, ...], deadline: bool, redo: int = 0) -> None:
+        close = CloseRule(1, 30.0 if deadline else None, sites_s=1e6)
+        spec = OpenGather(1, self.job, 1, self.round, step, "train", close, max_attempts=1000, lease_s=10.0, redo=redo)
+        gather = self.ledger.open(spec, sites, self.now)
+        self.steps[gather.id] = self.round * 100 + step
+
+    @precondition(lambda self: self.live < 2 and not self.redoing)
     @rule(both=st.booleans(), deadline=st.booleans())
     def open(self, both: bool, deadline: bool) -> None:
-        """The next step; with a deadline it may close before its results are here."""
-        close = CloseRule(1, 30.0 if deadline else None, sites_s=1e6)
-        spec = OpenGather(1, self.job, 1, self.round, self.step, "train", close, max_attempts=1000, lease_s=10.0)
-        self.ledger.open(spec, SITES if both else SITES[:1], self.now)
+        """The next step, beside the one before it or behind it; with a deadline it may close before its results are
+        here.
+        """
+        self._open(self.step, SITES if both else SITES[:1], deadline)
         self.step += 1
+
+    @precondition(lambda self: self.step and not self.live)
+    @rule(deadline=st.booleans())
+    def redo(self, deadline: bool) -> None:
+        """The last step once more, at the sites that gave a result and were asked for nothing else since (nor beside it):
+        a redo's version is kept until an Assign names another.
+        """
+        step = self.step - 1
+        gather = next(g for g in self.ledger.gathers.values() if g.spec.step == step and not g.spec.redo)
+        at = self.steps[gather.id]
+        sites = [result.site for result in gather.results if self.named[result.site] == self.started[at, result.site]]
+        tries = sum(g.spec.step == step for g in self.ledger.gathers.values())
+        if sites and tries < 4:
+            self._open(step, tuple(sorted(sites)), deadline, tries)
 
     @rule()
     def assign(self) -> None:
         for task in self.ledger.assign(NODE, 4, self.now) if NODE in self.ledger.owners else ():
-            state = self.ledger.site_state(self.job, task.site)
-            assert task.base == self.last.get(task.site, ""), "it starts from the version of the last settled task"
+            state, redo = self.ledger.site_state(self.job, task.site), self.ledger.gathers[task.gather].spec.redo
+            at = (self.steps[task.gather], task.site)
+            if redo:
+                assert task.base == self.started[at], "it starts from where the first try had started"
+            else:
+                assert task.base == self.last.get(task.site, ""), "it starts from the version of the last settled task"
+                self.started[at] = self.named[task.site] = task.base
             item = AssignItem(task.id, task.attempt, task.site, state=task.base, settled=state.settled)
-            self.to_agent.append(Assign(self.job, task.gather, self.round, 0, "train", (item,), lease_s=10.0))
+            message = Assign(self.job, task.gather, self.round, 0, "train", (item,), lease_s=10.0, redo=redo)
+            self.to_agent.append(message)
 
     @precondition(lambda self: self.to_broker)
     @rule(count=st.integers(1, 4), twice=st.booleans())
@@ -151,11 +191,16 @@ class SiteStateMachine(RuleBasedStateMachine):
 
     def note(self, done: Done, task: str) -> None:
         item = next(item for item in done.items if item.task == task)
-        if task not in self.settled and done.job == self.job:
-            self.settled.add(task)
-            self.last[item.site] = item.state or self.last.get(item.site, "")
+        if task in self.settled or done.job != self.job:
+            return
+        self.settled.add(task)
+        step = self.steps[done.gather]
+        if self.ledger.gathers[done.gather].spec.redo and self.last_step.get(item.site, step) != step:
+            return  # another task was settled behind the first try
+        self.last[item.site] = item.state or self.last.get(item.site, "")
+        self.last_step[item.site] = step
 
-    @precondition(lambda self: self.step > 1 and not any(g.live for g in self.ledger.gathers.values()))
+    @precondition(lambda self: self.step > 1 and not self.live)
     @rule()
     def commit(self) -> None:
         self.ledger.release(self.job, self.round)
@@ -169,22 +214,17 @@ class SiteStateMachine(RuleBasedStateMachine):
         self.ledger.forget_job(self.job)
         self.cancels()
         self.to_agent.append(Cancel(self.job, ended=True))
-        self.last.clear()
+        for known in (self.last, self.last_step, self.named, self.started):
+            known.clear()
         self.number, self.round, self.step = self.number + 1, 0, 0
 
-    @rule(seconds=st.sampled_from([0.1, 1.0, 12.0, 40.0]), alive=st.booleans())
+    @rule(seconds=st.sampled_from([0.1, 1.0, 12.0, 40.0]), alive=st.sampled_from([True, True, True, False]))
     def wait(self, seconds: float, alive: bool) -> None:
         self.now += seconds
         if alive:
             self.ledger.renew(NODE, self.now)
         self.ledger.tick(self.now)
         self.cancels()
-
-    @rule()
-    def executor_is_dead(self) -> None:
-        """So the broker believes; its next word is a Hello."""
-        self.ledger.owner_gone(NODE, self.now)
-        self.cut()
 
     # ------------------------------------------------------------ the executor
 
@@ -197,7 +237,6 @@ class SiteStateMachine(RuleBasedStateMachine):
                     self.assigned(message)
                 case Stored() as message:
                     self.collector.delivery.stored(message)
-                    self.only_what_is_needed(message)
                 case Cancel(tasks=tasks, ended=ended) as message:
                     for run in [run for run in self.agent.runs.values() if ended or run.ref in tasks]:
                         if run.job == message.job:
@@ -215,8 +254,12 @@ class SiteStateMachine(RuleBasedStateMachine):
             return
         for old in self.agent.attempts(item.task):
             self.agent.end(old)
+        self.collector.delivery.drop_older((item.task, item.attempt))
         work = Work(message, open=1)
         self.agent.add(Run(work, item, "running"))
+        if not message.redo:
+            self.collector.drop_old_states(message.job, (item.site,))
+            self.only_what_is_needed(message.job, item.site)
         self.ledger.accept(NODE, [TaskRef(item.task, item.attempt)], self.now)
         self.cancels()
 
@@ -248,17 +291,43 @@ class SiteStateMachine(RuleBasedStateMachine):
         elif end == "dies":
             self.start_agent()
 
-    @rule()
-    def send(self) -> None:
+    @rule(backwards=st.booleans())
+    def send(self, backwards: bool) -> None:
+        """What waits is said in the order of its finishing; after a restart in that of the files' names: any."""
+        before = len(self.to_broker)
         self.collector.delivery.turn(1.0)
+        said = [self.to_broker.pop() for _ in range(len(self.to_broker) - before)]
+        self.to_broker.extend(said if backwards else reversed(said))
 
-    @rule()
-    def cut(self) -> None:
+    @rule(what=st.sampled_from(["cut", "cut", "agent dies", "agent dies", "executor is dead"]))
+    def trouble(self, what: str) -> None:
+        """One rule of many: what is under way at every other step never arrives."""
+        if what == "agent dies":
+            self.start_agent()
+            return
+        if what == "executor is dead":  # so the broker believes; its next word is a Hello
+            self.ledger.owner_gone(NODE, self.now)
         self.connect()
 
-    @rule()
-    def agent_dies(self) -> None:
-        self.start_agent()
+    @rule(stages=st.sampled_from([2, 3, 4, 5, 6, 6, 6]))
+    def go_on(self, stages: int) -> None:
+        """The way that tasks go when nothing happens, or the first part of it."""
+        for stage in range(stages):
+            match stage:
+                case 0 if not self.live:
+                    self.open(True, False)
+                case 1:
+                    self.assign()
+                case 2:
+                    self.agent_hears(len(self.to_agent))
+                case 3:
+                    for _ in range(len(self.agent.runs)):
+                        self.work(0, "result")
+                    self.send(False)
+                case 4:
+                    self.broker_hears(len(self.to_broker), False)
+                case 5:
+                    self.agent_hears(len(self.to_agent))
 
     # ------------------------------------------------------------ what is true
 
@@ -266,13 +335,11 @@ class SiteStateMachine(RuleBasedStateMachine):
         folder = self.agent.states.folder(site, job or self.job)
         return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
-    def only_what_is_needed(self, message: Stored) -> None:
-        """After Stored for a version, its file and that of its base are left, and those under way."""
-        for ref in message.tasks:
-            site = next((s for s in SITES if version_name(ref.task, ref.attempt) in self.files(s)), None)
-            if site is None or self.agent.runs or len(self.collector.delivery):
-                continue
-            assert len(self.files(site)) <= 2, "old versions go"
+    def only_what_is_needed(self, job: JobId, site: str) -> None:
+        """Behind an Assign there are no files but those that the attempts here start from or write."""
+        ours = [(run.item.state, version_name(*run.key)) for run in self.agent.runs.values() if run.item.site == site]
+        ours += [(held.base, held.item.state) for held in self.agent.outbox if held.item.site == site]
+        assert self.files(site, job) <= {version for pair in ours for version in pair}, "old versions go"
 
     @invariant()
     def the_current_version_is_there(self) -> None:

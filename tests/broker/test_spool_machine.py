@@ -81,7 +81,6 @@ class SpoolMachine(world.SpoolWorld, RuleBasedStateMachine):  # type: ignore[mis
         self.attempts: dict[str, int] = {}
         self.tasks: dict[str, tuple[Any, TaskRef, str]] = {}
         self.count = 0
-        self.small = 0
         self.pool = self.world.executor(*SITES, node="pool/p", capacity=2 * len(SITES))
         self.controller = self.world.peer("controller", "controller/c")
 
@@ -140,7 +139,7 @@ class SpoolMachine(world.SpoolWorld, RuleBasedStateMachine):  # type: ignore[mis
             return  # the quota is taken
         self.take({}, next(iter(self.state.payloads.held_by("submit") - set(self.loose.get("submit", {})))))
         archive = self.state.payloads.rows[list(self.loose["submit"])[-1]]
-        client.send(tools.SubmitJob(client.ref(), token, "j", archive))
+        client.send(tools.SubmitJob(client.ref(), token, "j", archive, meta={"state_bytes": UNIT}))
         assert client.one(Answer).data["job_id"] not in before
         self.drop("submit", archive.id)
         self.controller.send(ClaimJob(self.controller.ref()))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from fedloom.executor.outbox import Held, Outbox
+from fedloom.executor.state import load_state
 from fedloom.serialization.errors import FaultError, LinkError
 from fedloom.serialization.messages import Done, DoneItem, PayloadRef, Refusal, Stored
 from fedloom.serialization.model import FLModel
@@ -107,7 +108,60 @@ def test_a_refused_result_leaves_no_trace(broker, trained, weights, tmp_path):
     broker.done("a")
     broker.say(Stored(refused=(Refusal("a", 1, "closed", "too late"),)))  # type: ignore[arg-type]
     _until(lambda: not agent._desk.held_refs())
-    assert not list((tmp_path / "work/sites/site-1/state/job-1").iterdir())
+    broker.assign(("b", "site-1"), model=weights(1.0))
+    broker.done("b")
+    assert _versions(tmp_path) == {"b.1": {"n": 1}}
+
+
+def test_the_current_version_outlives_what_comes_late_to_its_agent(broker, trained, weights, tmp_path):
+    """Its result is stored, nobody hears of it, and a new process asks with the upload whether it is wanted."""
+    broker.store = False
+    agent = trained(size=50_000)
+    broker.assign(("a", "site-1"), model=weights(1.0))
+    broker.done("a")
+    agent.stop()
+    broker.messages.clear()
+    broker.put_errors = [FaultError("closed", "task a is over")]
+    again = trained(size=50_000)
+    broker.done("a")  # whether it was this result that ended the task is said to its Done alone
+    broker.store = True
+    broker.say(Stored(refused=(Refusal("a", 1, "late", ""),)))  # type: ignore[arg-type]
+    _until(lambda: not again._desk.held_refs())
+    broker.versions["site-1"] = "a.1"
+    broker.assign(("b", "site-1"), model=weights(1.0))
+    broker.done("b")
+    assert _versions(tmp_path) == {"a.1": {"n": 1}, "b.1": {"n": 2}}
+
+
+def test_two_results_of_a_site_may_be_stored_in_any_order(broker, trained, weights, tmp_path):
+    broker.store = False
+    agent = trained(capacity=2)
+    for task in ("a", "b"):
+        broker.assign((task, "site-1"), model=weights(1.0))
+        broker.done(task)
+    refs = sorted(agent._desk.held_refs(), key=lambda ref: ref.task)
+    broker.say(Stored(tasks=(refs[1],)))
+    broker.say(Stored(tasks=(refs[0],)))
+    _until(lambda: not agent._desk.held_refs())
+    broker.store = True
+    broker.versions["site-1"] = "b.1"
+    broker.assign(("c", "site-1"), model=weights(1.0))
+    broker.done("c")
+    assert _versions(tmp_path) == {"b.1": {"n": 1}, "c.1": {"n": 2}}
+
+
+def test_a_redo_starts_from_an_older_version_and_leaves_the_current_one(broker, trained, weights, tmp_path):
+    trained()
+    for task in ("a", "b"):
+        broker.assign((task, "site-1"), model=weights(1.0))
+        broker.done(task)
+    broker.versions["site-1"] = "a.1"
+    broker.assign(("b-again", "site-1"), model=weights(1.0), redo=1)
+    broker.done("b-again")
+    assert _versions(tmp_path) == {"a.1": {"n": 1}, "b.1": {"n": 2}, "b-again.1": {"n": 2}}
+    broker.assign(("c", "site-1"), model=weights(1.0))
+    broker.done("c")
+    assert _versions(tmp_path) == {"b-again.1": {"n": 2}, "c.1": {"n": 3}}
 
 
 def test_a_payload_that_the_broker_does_not_take_is_given_back(broker, trained, weights):
@@ -131,6 +185,10 @@ def test_a_co_located_result_is_written_where_the_broker_wants_it(broker, traine
     item = broker.done("a")
     assert broker.result(item).params["w"].size == 50_000
     assert broker.puts[0][1] == {"job": "job-1", "task": "a", "attempt": 1}
+
+
+def _versions(tmp_path) -> dict[str, dict[str, int]]:
+    return {path.name: load_state(path) for path in (tmp_path / "work/sites/site-1/state/job-1").iterdir()}
 
 
 def _until(true, timeout_s: float = 20.0) -> None:

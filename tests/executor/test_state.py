@@ -80,19 +80,23 @@ def test_a_damaged_version_is_told(tmp_path):
         load_state(tmp_path / "v")
 
 
-def test_the_store_keeps_the_current_version_its_base_and_those_under_way(tmp_path):
+def test_the_store_removes_all_versions_but_those_asked_for(tmp_path):
     store = StateStore(tmp_path)
+    assert not store.has_any("s", "j")
     names = [version_name(f"t{i}", 1) for i in range(4)]
     for name in names:
         save_state({"x": 1}, store.path("s", "j", name))
-    store.settle("s", "j", names[2], names[1], frozenset({names[3]}))
-    assert {p.name for p in store.folder("s", "j").iterdir()} == set(names[1:])
-    store.settle("s", "j", names[3], names[2])
-    assert {p.name for p in store.folder("s", "j").iterdir()} == set(names[2:])
+    save_state({"x": 1}, store.path("s", "other", names[0]))
+    cut = [store.folder("s", "j") / f".{name}.part" for name in names[:2]]
+    for path in cut:
+        path.write_bytes(b"an executor died here, or is at work")
+    store.keep_only("s", "j", {names[1], names[3], "not.1"})
+    assert store.has_any("s", "j")
+    assert {p.name for p in store.folder("s", "j").iterdir()} == {names[1], names[3], cut[1].name}
     store.discard("s", "j", names[3])
-    assert {p.name for p in store.folder("s", "j").iterdir()} == {names[2]}
-    store.forget("j", ("s", "other"))
-    assert not store.folder("s", "j").exists()
+    assert {p.name for p in store.folder("s", "j").iterdir()} == {names[1], cut[1].name}
+    store.forget("j", ("s", "elsewhere"))
+    assert not store.folder("s", "j").exists() and store.has_any("s", "other")
     for bad in ("", "../x", ".hidden", "a/b"):
         with pytest.raises(PayloadError):
             store.path("s", "j", bad)

@@ -97,6 +97,7 @@ SAMPLES: list[tuple[m.Message, bytes]] = [
             config={"epochs": 2},
             partials=True,
             seed=42,
+            redo=1,
         ),
         b"inline payload",
     ),

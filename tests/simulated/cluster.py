@@ -25,7 +25,7 @@ from fedloom.executor.config import AgentConfig
 from fedloom.executor.service import run_executor
 from fedloom.serialization import faultpoints
 from fedloom.serialization.digest import digest_buffers
-from fedloom.serialization.errors import FedloomError, StorageError
+from fedloom.serialization.errors import FaultError, FedloomError, StorageError
 from fedloom.serialization.messages import Answer, Ask, Hello, JobId, PayloadId, PayloadRef, SubmitJob
 from machine import Machine, Party
 from network import Network, Weather
@@ -134,7 +134,7 @@ class Cluster:
             durability="power" if scenario.power else "process",
             integrity=scenario.integrity,  # type: ignore[arg-type]
             trust_local=scenario.trust_local,
-            chunk_bytes=4096,
+            chunk_bytes=9000,
             window=3,
             ping_s=0.4,
             dead_s=2.5,
@@ -218,7 +218,14 @@ class Cluster:
             agent = self.agents[name] = Agent(config, spawner, {"train": train})
             return agent
 
-        run_executor(config, stop=system.Event(), make_agent=make)  # type: ignore[arg-type]
+        try:
+            run_executor(config, stop=system.Event(), make_agent=make)  # type: ignore[arg-type]
+        except FaultError as error:
+            if error.code not in ("malformed", "penalty", "name_taken"):
+                raise
+            # where much of what is said is altered a link is given up, and its process ends with that error
+            self.machine.say(f"{name}: {error}")
+            return 1
         return 0
 
     def _client(self) -> int:

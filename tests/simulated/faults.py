@@ -1,4 +1,4 @@
-"""What goes wrong in a schedule: a list of faults drawn from the seed, any of which can be left out again to shrink it."""
+"""What goes wrong in a schedule: faults drawn from the seed, any of which can be left out again to shrink it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ KINDS: dict[str, int] = {
     "flip": 3,
     "cut": 4,
     "cut_all": 1,
+    "partition": 4,
+    "freeze": 5,
     "crash": 6,
     "crash_step": 8,
     "point": 6,
@@ -51,7 +53,17 @@ class Fault:
     whom: str = ""
     step: int = 0
     share: float = 0.0
-    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}@{self.at:.4f}+{self.lasts:.3f}/{self.whom}/{self.step}/{self.share:g}"
+
+    @staticmethod
+    def parse(text: str) -> Fault:
+        """The inverse."""
+        kind, _, rest = text.partition("@")
+        times, whom, step, share = rest.split("/")
+        at, _, lasts = times.partition("+")
+        return Fault(kind, float(at), float(lasts), whom, int(step), float(share))
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,8 @@ class Plan:
     faults: tuple[Fault, ...] = field(default=())
 
     def __str__(self) -> str:
-        kept = ",".join(str(f.seed) for f in self.faults)
-        return f"{self.seed} {self.variant} {kept or '-'}"
+        """A line that says all of it, whatever a seed may mean one day."""
+        return f"{self.seed} {self.variant} {' '.join(map(str, self.faults)) or '-'}"
 
 
 def draw(seed: int, busy_s: Sequence[float]) -> Plan:
@@ -77,7 +89,7 @@ def draw(seed: int, busy_s: Sequence[float]) -> Plan:
     variant = chance.randrange(len(busy_s))
     kinds, weights = list(KINDS), list(KINDS.values())
     faults: list[Fault] = []
-    for number in range(chance.choice((1, 1, 2, 2, 3, 4, 6))):
+    for _ in range(chance.choice((1, 1, 2, 2, 3, 4, 6))):
         kind = chance.choices(kinds, weights)[0]
         at = chance.uniform(0.0, busy_s[variant])
         share = chance.choice((0.01, 0.03, 0.1))
@@ -89,15 +101,15 @@ def draw(seed: int, busy_s: Sequence[float]) -> Plan:
                 pass
             case "point":
                 whom, step = chance.choice(POINTS), chance.choice((1, 1, 2, 3, 5, 8))
+            case "partition" | "freeze":
+                lasts = chance.choice((0.5, 2.0, 4.0))
             case "full" | "sync":
                 lasts = chance.uniform(0.1, 1.0)
-        faults.append(Fault(kind, at, lasts, whom, step, share, number))
+        faults.append(Fault(kind, round(at, 4), round(lasts, 3), whom, step, share))
     return Plan(seed, variant, tuple(faults))
 
 
-def parse(line: str, busy_s: Sequence[float]) -> Plan:
-    """A plan from its line in the regression file: seed, variant, the numbers of the faults that are left."""
-    seed, variant, kept = line.partition("#")[0].split()[:3]
-    plan = draw(int(seed), busy_s)
-    numbers = set() if kept == "-" else {int(n) for n in kept.split(",")}
-    return Plan(plan.seed, int(variant), tuple(f for f in plan.faults if f.seed in numbers))
+def parse(line: str) -> Plan:
+    """A plan from its line: seed, variant, faults."""
+    seed, variant, *rest = line.partition("#")[0].split()
+    return Plan(int(seed), int(variant), tuple(Fault.parse(text) for text in rest if text != "-"))

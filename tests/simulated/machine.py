@@ -41,6 +41,7 @@ class Party:
         self.steps = 0
         self.crash_at = 0  # dies at this step, if it gets there
         self.wall_offset = 0.0
+        self.frozen_until = 0.0  # stopped, as by SIGSTOP: it does not know
         self.tasks: list[Task] = []
         #: called when it ends, however it ends: closes what the system would
         self.releases: list[Callable[[bool], None]] = []
@@ -232,6 +233,8 @@ class Machine:
             self.now = max(self.now, when)
             if value is _NOTHING:
                 what()
+            elif what.party.frozen_until > self.now:
+                heapq.heappush(heap, (what.party.frozen_until, self.rng.random(), what, token, value))
             elif what.token == token and what.party.alive and not what.done:
                 self.current = what
                 what.glet.switch(value)

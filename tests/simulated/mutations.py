@@ -179,7 +179,7 @@ def forget_before_stored() -> None:
         real(self, now)
         for key, single in list(self._singles.items()):
             if single.uploaded and single.said_at:
-                self._leave(key, True)
+                self._leave(key)
 
     deliver.Delivery.turn = turn
 

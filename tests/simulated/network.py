@@ -84,6 +84,7 @@ class Network:
         self.connections: list[Connection] = []
         self.weather: list[Weather] = []
         self.hits: Counter[str] = Counter()
+        self.partitions: dict[Party, float] = {}
         #: told of every message as it is handed to a socket: (sender, socket's kind, frames)
         self.watch: Callable[[Socket, list[bytes]], None] = lambda socket, frames: None
         self._routes = 0
@@ -95,7 +96,7 @@ class Network:
         if dealer.closed or dealer.connection is not None or not dealer.party.alive:
             return
         router = self.bound.get(dealer.endpoint)
-        if router is None or not router.party.alive or router.closed:
+        if router is None or not router.party.alive or router.closed or self.apart(dealer.party):
             self._later(dealer)
             return
         self._routes += 1
@@ -108,6 +109,10 @@ class Network:
     def _later(self, dealer: Socket) -> None:
         pause = self.machine.rng.uniform(*_RECONNECT_S)
         self.machine.call_at(self.machine.now + pause, lambda: self.try_connect(dealer))
+
+    def apart(self, party: Party) -> bool:
+        """Whether the party cannot reach anybody now."""
+        return self.partitions.get(party, 0.0) > self.machine.now
 
     def cut(self, connection: Connection, *, flying_too: bool = True) -> None:
         """It breaks: what is on its way is lost, or, where one side said goodbye, arrives still."""
@@ -333,10 +338,9 @@ class Poller:
     def poll(self, timeout: int | None = None) -> list[tuple[Any, int]]:
         machine = network.machine
         machine.step()
-        machine.pause()
-        found = self._ready()
-        if found or timeout == 0:
-            return found
+        if timeout == 0 or self._ready():
+            machine.pause()
+            return self._ready()
         me = machine.me()
         for what in self._wanted:
             waiting = system.pipes[what].waiting if isinstance(what, int) else what.waiting

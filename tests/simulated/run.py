@@ -46,7 +46,7 @@ def main() -> int:
         return _mutations(args)
     if args.plan:
         return _one(args.plan, args.verbose)
-    lines = [f"1 {variant} -" for variant in range(12)] if args.calm else None
+    lines = [f"1 {variant} -" for variant in range(14)] if args.calm else None
     if args.regressions:
         lines = [line for line in REGRESSIONS.read_text().splitlines() if line.partition("#")[0].strip()]
     return _many(args, lines)
@@ -76,8 +76,7 @@ def _work(order: dict[str, Any]) -> int:
         MUTATIONS[order["mutation"]][1]()
     for line in order.get("lines") or range(order["first"], order["stop"], order["stride"]):
         plan = schedule.parse(line) if isinstance(line, str) else schedule.draw(line)
-        sys.stderr.write(f"{plan}\n" if order.get("loud") else "")
-        faulthandler.dump_traceback_later(_STUCK_S, exit=True)  # a loop that never waits is seen by nobody else
+        faulthandler.dump_traceback_later(20.0 if order.get("mutation") else _STUCK_S, exit=True)  # a loop that never waits is seen by nobody else
         out = schedule.run(plan)
         if not out.broken and plan.seed % _TWICE == 0 and not order.get("mutation"):
             again = schedule.run(plan)
@@ -203,11 +202,15 @@ def _mutations(args: argparse.Namespace) -> int:
         some, waiting = waiting[: args.jobs], waiting[args.jobs :]
         started = [(n, _start({"mutation": n, "first": 1, "stop": 1 + args.limit, "stride": 1})) for n in some]
         for name, worker in started:
-            count, found = 0, ""
-            for figures in _figures([worker]):
-                count += 1
-                if figures["broken"]:
-                    found = f"[{figures['plan']}] {figures['broken'][0].splitlines()[0][:110]}"
+            count, found, plan = 0, "", ""
+            try:
+                for figures in _figures([worker]):
+                    count += 1
+                    plan = figures["plan"]
+                    if figures["broken"]:
+                        found = f"[{plan}] {figures['broken'][0].splitlines()[0][:110]}"
+            except RuntimeError:
+                found = f"behind [{plan}]: a loop that never ends"
             unnoticed += not found
             print(f"{name:34} {count:>9}  {found or 'NOBODY'}", flush=True)
     return bool(unnoticed)

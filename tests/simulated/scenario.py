@@ -30,7 +30,7 @@ class Scenario:
 
     singles: int = 2  # sites with an executor each
     pooled: int = 4  # sites of one pool, which sends partials
-    rounds: int = 3
+    rounds: int = 2
     floats: int = 64  # over 8192 they do not fit into a message: chunks
     diff: bool = False
     grows: bool = False  # values leave the first scales: the round is folded again
@@ -41,6 +41,7 @@ class Scenario:
     power: bool = True
     integrity: str = "digest"
     task_s: float = 0.3
+    twins: bool = False  # a second machine that wants to be each of them; what a site remembers does not move
     quota_models: int = 0  # of the spool, in models; 0: no bound
     seed: int = 7
 
@@ -57,16 +58,18 @@ class Scenario:
 VARIANTS: tuple[Scenario, ...] = (
     Scenario(),
     Scenario(singles=3, pooled=0),
-    Scenario(singles=1, pooled=3, floats=9000, rounds=2),
-    Scenario(singles=3, pooled=0, floats=12000, rounds=2, checkpoint_bytes=60_000),
-    Scenario(singles=3, pooled=0, floats=12000, rounds=2, trust_local=True),
+    Scenario(singles=1, pooled=3, floats=9000),
+    Scenario(singles=3, pooled=0, floats=9000, checkpoint_bytes=60_000),
+    Scenario(singles=3, pooled=0, floats=9000, trust_local=True, power=False),
     Scenario(singles=2, pooled=3, checkpoint_bytes=400),
-    Scenario(singles=0, pooled=6, diff=True),
-    Scenario(singles=2, pooled=2, grows=True, rounds=2),
+    Scenario(singles=0, pooled=6, diff=True, rounds=3),
+    Scenario(singles=2, pooled=2, grows=True),
     Scenario(singles=3, pooled=0, spared=1, deadline_s=2.0),
-    Scenario(singles=4, pooled=0, spared=2, deadline_s=1.0, task_s=0.8, floats=9000, rounds=2),
-    Scenario(singles=1, pooled=4, trust_local=True, floats=9000, rounds=2, power=False),
-    Scenario(singles=3, pooled=2, floats=9000, rounds=2, quota_models=24, checkpoint_bytes=60_000),
+    Scenario(singles=4, pooled=0, spared=2, deadline_s=1.0, task_s=0.8, floats=9000),
+    Scenario(singles=1, pooled=4, trust_local=True, floats=9000, power=False),
+    Scenario(singles=2, pooled=3, twins=True),
+    Scenario(singles=3, pooled=0, twins=True, floats=9000),
+    Scenario(singles=3, pooled=2, floats=9000, quota_models=24, checkpoint_bytes=60_000),
 )
 
 
@@ -108,8 +111,9 @@ def work(scenario: Scenario, site: str, round: int, seed: int, model: FLModel, s
     out: dict[str, Any] = {}
     for name, value in sorted((model.params or {}).items()):
         step = rng.standard_normal(value.shape, dtype=np.float32) * np.float32(0.1)
-        step += np.float32(0.5) * state.get(name, np.float32(0))
-        state[name] = step
+        if not scenario.twins:
+            step += np.float32(0.5) * state.get(name, np.float32(0))
+            state[name] = step
         grown = np.float32(300 if scenario.grows and round == 1 else 1)
         out[name] = step * grown if scenario.diff else (value + step) * grown
     return FLModel(

@@ -78,7 +78,7 @@ def draw(seed: int) -> Plan:
 
 def parse(line: str) -> Plan:
     """The schedule of a line in the regression file."""
-    return faults.parse(line, [scenario.busy_s for scenario in VARIANTS])
+    return faults.parse(line)
 
 
 def shrink(plan: Plan) -> Plan:

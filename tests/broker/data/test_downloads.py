@@ -135,6 +135,23 @@ class TestDownload:
         assert bench.take(A, Abort) == []
         assert bench.transfers.idle
 
+    def test_what_was_lost_of_one_sent_whole_is_sent_again(self, bench: Any) -> None:
+        bench.peer(A, Get(S1, ref().id, 0, 9))
+        bench.work()
+        assert len(self.received(bench, A)) == 5
+        for _ in range(9):
+            bench.peer(A, Grant(S1, 1, 3, 9))  # each second of silence: it misses chunk 3
+            bench.after(1.0)
+            bench.work()
+        assert bench.take(A, Chunk) == []
+        bench.peer(A, Grant(S1, 1, 3, 9))
+        bench.after(2.0)
+        bench.work()
+        assert sorted(self.received(bench, A)) == [3, 4]
+        bench.peer(A, Grant(S1, 1, 5, 5))
+        bench.after(6.0)
+        assert bench.transfers.idle
+
     def test_streams_are_bounded_and_can_be_cancelled(self, make_bench: Any, tmp_path: Path) -> None:
         bench = make_bench(tmp_path, replace(LIMITS, max_streams_per_peer=2))
         bench.spool.store(ref().id, [BODY])

@@ -245,8 +245,11 @@ class TransfersMachine(world.TransfersWorld, RuleBasedStateMachine):  # type: ig
 
     def damage(self, harm: str, where: int) -> None:
         ending = {"cut": ".part", "flip": ".part", "blocks": ".blocks"}.get(harm, "")
-        if harm == "payload":  # one that has no row yet: the power went between the two
-            files = [path for path in self.spool.payloads.rglob("*") if path.is_file() and path.name not in self.rows]
+        if harm == "payload":
+            # no row yet, and named by its digest: one that has none is trusted, since it was synced before its name
+            files = [
+                path for path in self.spool.payloads.rglob("b3-*") if path.is_file() and path.name not in self.rows
+            ]
         else:
             files = [path for path in self.spool.incoming.iterdir() if harm and path.suffix == ending]
         for path in sorted(files):

@@ -52,6 +52,34 @@ class TestUpload:
         assert len(bench.transfers.uploads) == 0
         assert list(bench.spool.incoming.iterdir()) == []
 
+    def test_who_goes_on_after_the_end_has_not_heard_of_it_and_is_told_again(self, bench: Any) -> None:
+        bench.admit(A, Put(ref(), S1, ref=9))
+        bench.chunks(A, S1, range(5))
+        bench.peer(A, Finish(S1, ref().digest))
+        bench.store(A)
+        told = bench.one(A, Stored)
+        bench.peer(A, Finish(S1, ref().digest))
+        assert bench.take(A, Stored) == [], "on its way since before"
+        for _ in range(3):
+            bench.after(LIMITS.retry_s)
+            bench.peer(A, Finish(S1, ref().digest))
+            bench.chunk(A, S1, 4)
+            assert bench.one(A, Stored) == told, "once"
+        bench.admit(B, Put(ref(b"other"), S2))
+        bench.peer(B, Abort(S2, "cancelled", ""))
+        bench.after(LIMITS.retry_s)
+        bench.peer(B, Finish(S2))
+        assert bench.take(B, Abort) == [], "it ended that itself"
+
+    def test_an_abort_that_was_lost_is_said_again(self, bench: Any) -> None:
+        question = bench.admit(A, Put(ref(), S1))
+        bench.chunk(A, S1, 0)
+        bench.control(Abort(question.stream, "closed", "not wanted"))
+        abort = bench.one(A, Abort)
+        bench.after(LIMITS.retry_s)
+        bench.chunk(A, S1, 1)
+        assert bench.one(A, Abort) == abort
+
     def test_the_digest_may_come_with_finish_and_finish_before_the_last_chunk_is_asked_for(self, bench: Any) -> None:
         payload = replace(ref(id="r-1.1"), digest="")
         bench.admit(A, Put(payload, S1))
