@@ -85,13 +85,14 @@ class Cluster:
         self._supervise("control", self._control)
         for number in (1, 2):
             self._supervise(f"controller-{number}", self._controller)
-        for number in range(self.scenario.singles):
-            site = self.scenario.sites[number]
-            self._supervise(f"executor-{site}", lambda site=site: self._executor((site,), ""))
-        if self.scenario.pooled:
-            sites = self.scenario.sites[self.scenario.singles :]
-            self._supervise("pool", lambda: self._executor(sites, "p"))
-        self.machine.start("client", self._client)
+        for twin in ("", "-twin") if self.scenario.twins else ("",):
+            for number in range(self.scenario.singles):
+                site = self.scenario.sites[number]
+                self._supervise(f"executor-{site}{twin}", lambda site=site, twin=twin: self._executor((site,), "", twin))
+            if self.scenario.pooled:
+                sites = self.scenario.sites[self.scenario.singles :]
+                self._supervise(f"pool{twin}", lambda sites=sites, twin=twin: self._executor(sites, f"p{twin}", twin))
+        self._supervise("client", self._client)
         for fault in self.plan.faults:
             self._arrange(fault)
 
@@ -102,6 +103,8 @@ class Cluster:
 
         def again(party: Party) -> None:
             self._died(party)
+            if name == "client" and party.code != -9:
+                return  # it has its answer
             pause = self.chance.uniform(*_AGAIN_S)
             self.machine.call_at(self.machine.now + pause, begin)
 
@@ -194,9 +197,9 @@ class Cluster:
             return 1
         return 0
 
-    def _executor(self, sites: tuple[str, ...], pool: str) -> int:
+    def _executor(self, sites: tuple[str, ...], pool: str, twin: str) -> int:
         scenario = self.scenario
-        name = pool or sites[0]
+        name = pool or f"{sites[0]}{twin}"
         config = AgentConfig(
             endpoint=ENDPOINT,
             workspace=self.disk.root / name,
@@ -286,6 +289,18 @@ class Cluster:
                     found = [self.chance.choice(found)]
                 self.hits[fault.kind] += bool(found)
                 for connection in found:
+                    self.network.cut(connection)
+            case "partition" | "freeze":
+                party = self._victim(fault.whom)
+                if party is None:
+                    return
+                self.hits[fault.kind] += 1
+                until = self.machine.now + fault.lasts
+                if fault.kind == "freeze":
+                    party.frozen_until = until
+                    return
+                self.network.partitions[party] = until
+                for connection in [c for c in self.network.connections if party in (c.dealer.party, c.router.party)]:
                     self.network.cut(connection)
             case "crash" | "crash_step":
                 party = self._victim(fault.whom)

@@ -79,18 +79,19 @@ class Plan:
         return f"{self.seed} {self.variant} {' '.join(map(str, self.faults)) or '-'}"
 
 
-def draw(seed: int, busy_s: Sequence[float]) -> Plan:
+def draw(seed: int, busy_s: Sequence[float], weights: Sequence[int]) -> Plan:
     """The schedule of a seed: which job, and one to six faults while it is at work.
 
     Args:
         busy_s: about how long each of the jobs takes undisturbed.
+        weights: how often each of them is drawn, beside the others.
     """
     chance = Random(seed * 2 + 1)
-    variant = chance.randrange(len(busy_s))
-    kinds, weights = list(KINDS), list(KINDS.values())
+    variant = chance.choices(range(len(busy_s)), weights)[0]
+    kinds, odds = list(KINDS), list(KINDS.values())
     faults: list[Fault] = []
     for _ in range(chance.choice((1, 1, 2, 2, 3, 4, 6))):
-        kind = chance.choices(kinds, weights)[0]
+        kind = chance.choices(kinds, odds)[0]
         at = chance.uniform(0.0, busy_s[variant])
         share = chance.choice((0.01, 0.03, 0.1))
         lasts = chance.uniform(0.2, 3.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import json
 import os
 import subprocess
@@ -64,6 +65,9 @@ def _product() -> Any:
     product.listen()
     import schedule
 
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 50)
     return schedule
 
 
