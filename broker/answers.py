@@ -36,12 +36,14 @@ def answer(state: BrokerState, message: Ask) -> tuple[Answer, bytes]:
             data = _rounds(state, message)
         case "broker":
             data = _broker(state)
+        case "spool":
+            data = _spool(state)
         case "sites":
             data = _sites(state, message)
         case _:
             raise FaultError(
                 "unknown_question",
-                f"{message.what!r} is no question; ask for job, jobs, events, rounds, sites, broker or abort",
+                f"{message.what!r} is no question; ask for job, jobs, events, rounds, sites, broker, spool or abort",
             )
     packed = pack(data)
     if len(packed) <= _BODY_BYTES:
@@ -129,24 +131,29 @@ def _page(key: str, rows: list[tuple[int, dict[str, Any]]], after: int) -> dict[
 
 def _broker(state: BrokerState) -> dict[str, Any]:
     """How full it is, and what it has counted since it was started."""
-    quota = state.quota
     return {
         "epoch": state.epoch,
-        "spool": {
-            "quota_bytes": quota.total,
-            "used_bytes": state.payloads.used_bytes,
-            "coming_bytes": quota.used - state.payloads.used_bytes,
-            "reserved_bytes": quota.reserved,
-            "payloads": len(state.payloads.rows),
-            "waits": quota.refused,
-            "waiting": len(quota.turns),
-        },
+        "spool": _spool(state),
         "sessions": len(state.sessions.by_id),
         "jobs": len(state.jobs.jobs),
         "gathers": len(state.ledger.gathers),
         "tasks": len(state.ledger.tasks),
         "bounds": to_plain(figures(state)),
         "counters": dict(state.counters),
+    }
+
+
+def _spool(state: BrokerState) -> dict[str, Any]:
+    """How full the spool is; asked by each job's process, round for round."""
+    quota = state.quota
+    return {
+        "quota_bytes": quota.total,
+        "used_bytes": state.payloads.used_bytes,
+        "coming_bytes": quota.used - state.payloads.used_bytes,
+        "reserved_bytes": quota.reserved,
+        "payloads": len(state.payloads.rows),
+        "waits": quota.refused,
+        "waiting": len(quota.turns),
     }
 
 

@@ -154,7 +154,7 @@ class Session:
         return True
 
     def _unreadable(self, frames: list[bytes], error: WireError) -> None:
-        """A message that cannot be read: it is asked for again, and whoever waits for it is told if that brings no other.
+        """A message that cannot be read: it is asked for again, and whoever waits is told if that brings no other.
 
         Raises:
             LinkError: what was altered on the way comes again with a new connection.

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import structlog
 
 from ..broker.link import Link, fault_error
-from ..serialization.codec import unpack
 from ..serialization.digest import digest_buffers
-from ..serialization.envelope import MAX_TAIL_BYTES, Buffer
+from ..serialization.envelope import Buffer
 from ..serialization.errors import FaultError, JobError, LinkError
 from ..serialization.jobspec import JobSpec
 from ..serialization.messages import (
@@ -98,9 +97,8 @@ class Federation:
 
     def spool(self) -> Spool:
         """How full the broker's spool is."""
-        answer, tail = self.link.request(Ask(self.link.next_ref(), "broker"))
-        data = unpack(tail, max_bytes=MAX_TAIL_BYTES) if len(tail) else getattr(answer, "data", {})
-        told = data["spool"]
+        answer, _ = self.link.request(Ask(self.link.next_ref(), "spool"))
+        told: dict[str, Any] = getattr(answer, "data", {})
         quota = int(told["quota_bytes"])
         taken = int(told["used_bytes"]) + int(told["coming_bytes"]) + int(told["reserved_bytes"])
         return Spool(quota, max(0, quota - taken), int(told.get("waiting", 0)))

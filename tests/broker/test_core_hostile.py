@@ -291,7 +291,7 @@ def test_a_boot_cannot_become_another_role_or_job(world: Any) -> None:
 
 
 def test_a_job_process_name_is_its_own(world: Any) -> None:
-    """Nobody else may have it, which would keep the process out; and the process no other, beside which it would work."""
+    """Nobody else may have it, which keeps the process out; and the process no other, beside which it would work."""
     job = world.job()
     world.disconnect(job)
     thief = world.executor("s", node=job.hello.node, boot="other")

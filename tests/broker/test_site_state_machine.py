@@ -148,8 +148,8 @@ class SiteStateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.step and not self.live)
     @rule(deadline=st.booleans())
     def redo(self, deadline: bool) -> None:
-        """The last step once more, at the sites that gave a result and were asked for nothing else since (nor beside it):
-        a redo's version is kept until an Assign names another.
+        """The last step once more, at the sites that gave a result and were asked for nothing else since, nor beside
+        it: a redo's version is kept until an Assign names another.
         """
         step = self.step - 1
         gather = next(g for g in self.ledger.gathers.values() if g.spec.step == step and not g.spec.redo)
@@ -309,20 +309,20 @@ class SiteStateMachine(RuleBasedStateMachine):
             self.ledger.owner_gone(NODE, self.now)
         self.connect()
 
-    @rule(stages=st.sampled_from([2, 3, 4, 5, 6, 6, 6]))
-    def go_on(self, stages: int) -> None:
+    @rule(stages=st.sampled_from([2, 3, 4, 5, 6, 6, 6]), beside=st.booleans(), newest=st.booleans())
+    def go_on(self, stages: int, beside: bool, newest: bool) -> None:
         """The way that tasks go when nothing happens, or the first part of it."""
         for stage in range(stages):
             match stage:
-                case 0 if not self.live:
+                case 0 if self.live < 1 + beside and not self.redoing:
                     self.open(True, False)
                 case 1:
                     self.assign()
                 case 2:
                     self.agent_hears(len(self.to_agent))
                 case 3:
-                    for _ in range(len(self.agent.runs)):
-                        self.work(0, "result")
+                    for _ in range(min(1, len(self.agent.runs)) if newest else len(self.agent.runs)):
+                        self.work(len(self.agent.runs) - 1, "result")
                     self.send(False)
                 case 4:
                     self.broker_hears(len(self.to_broker), False)

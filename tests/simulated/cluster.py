@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -88,7 +87,9 @@ class Cluster:
         for twin in ("", "-twin") if self.scenario.twins else ("",):
             for number in range(self.scenario.singles):
                 site = self.scenario.sites[number]
-                self._supervise(f"executor-{site}{twin}", lambda site=site, twin=twin: self._executor((site,), "", twin))
+                self._supervise(
+                    f"executor-{site}{twin}", lambda site=site, twin=twin: self._executor((site,), "", twin)
+                )
             if self.scenario.pooled:
                 sites = self.scenario.sites[self.scenario.singles :]
                 self._supervise(f"pool{twin}", lambda sites=sites, twin=twin: self._executor(sites, f"p{twin}", twin))

@@ -110,6 +110,22 @@ def draw(seed: int, busy_s: Sequence[float], weights: Sequence[int]) -> Plan:
     return Plan(seed, variant, tuple(faults))
 
 
+def favour(plan: Plan, variants: Sequence[int], faults: Sequence[str]) -> Plan:
+    """The same seed with one of these jobs, and with faults that go for one thing: ``kind/whom`` each.
+
+    Where a safeguard is switched off, what it guards against must be there.
+    """
+    chance = Random(plan.seed * 11 + 5)
+    wanted: list[Fault] = []
+    for text in faults:
+        kind, _, whom = text.partition("/")
+        lasts = chance.choice((2.0, 4.0)) if kind in ("freeze", "partition") else chance.uniform(0.5, 3.0)
+        step = chance.choice((1, 2, 3, 5)) if kind == "point" else chance.randrange(1, 60)
+        at = round(chance.uniform(0.02, 1.2), 4)
+        wanted.append(Fault(kind, at, round(lasts, 3), whom, step, chance.choice((0.03, 0.1))))
+    return Plan(plan.seed, chance.choice(variants or (plan.variant,)), tuple(wanted) or plan.faults)
+
+
 def parse(line: str) -> Plan:
     """A plan from its line: seed, variant, faults."""
     seed, variant, *rest = line.partition("#")[0].split()

@@ -7,6 +7,7 @@ steps, whatever machine it runs on.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import traceback
 from collections.abc import Callable
@@ -248,10 +249,8 @@ class Machine:
             for _ in range(100):  # a loop's guard may catch even this
                 if glet.dead or not glet:
                     break
-                try:
+                with contextlib.suppress(BaseException):  # whatever a dying thread says
                     glet.throw(GreenletExit)
-                except BaseException:  # noqa: BLE001, S110 - whatever a dying thread says
-                    pass
         self._heap.clear()
         self._graveyard.clear()
         for party in self.parties.values():

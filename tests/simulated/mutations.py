@@ -11,10 +11,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fedloom.broker import core, jobdesk, leases, linksession, payloads, quota, recovery, sessions, settle, spool
 from fedloom.broker import control as control_loop
+from fedloom.broker import (
+    core,
+    jobdesk,
+    jobs,
+    leases,
+    linksession,
+    payloads,
+    quota,
+    recovery,
+    sessions,
+    settle,
+    spool,
+    streams,
+    uploads,
+)
 from fedloom.broker import journal as journals
-from fedloom.broker import jobs, streams, uploads
 from fedloom.controller import folding, gather
 from fedloom.executor import collector, deliver, outbox, state
 from fedloom.serialization import envelope, messages, stream
@@ -32,7 +45,11 @@ def mutation(what: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
     return register
 
 
-@mutation("a task that has a result takes another")
+@mutation(
+    "a task that has a result takes another",
+    variants=(11, 12),
+    faults=("freeze/executor", "freeze/executor", "crash/executor"),
+)
 def no_duplicate_check() -> None:
     real = settle._problem
 
@@ -50,7 +67,9 @@ def no_repeat_check() -> None:
     def one(ledger: Any, known: Any, node: str, item: Any, *rest: Any) -> None:
         task = ledger.tasks.get(item.task)
         if task is not None and task.status == "done" and task.attempt == item.attempt:
-            settle._accept(ledger, known, task, item, settle.Result(task.id, item.attempt, task.site, item.payload), rest[0])
+            settle._accept(
+                ledger, known, task, item, settle.Result(task.id, item.attempt, task.site, item.payload), rest[0]
+            )
             rest[-1].stored.append(settle.TaskRef(item.task, item.attempt))
             return
         real(ledger, known, node, item, *rest)
@@ -78,7 +97,7 @@ def acknowledge_before_commit() -> None:
     core.ControlCore.commit = commit
 
 
-@mutation("a claim that was given on still commands")
+@mutation("a claim that was given on still commands", variants=(1, 5, 8), faults=("freeze/job",))
 def ignore_the_claim() -> None:
     def check(self: Any, job_id: str, claim: int) -> Any:
         job = self.get(job_id)
@@ -89,7 +108,11 @@ def ignore_the_claim() -> None:
     jobs.Jobs.check = check
 
 
-@mutation("a partial is taken though one of its tasks has a result")
+@mutation(
+    "a partial is taken though one of its tasks has a result",
+    variants=(11,),
+    faults=("freeze/pool", "crash/pool", "freeze/pool"),
+)
 def accept_an_overlapping_partial() -> None:
     real, problem = settle._settle_partial, settle._problem
 
@@ -107,7 +130,11 @@ def accept_an_overlapping_partial() -> None:
     settle._settle_partial = partial
 
 
-@mutation("results leave the spool when they are announced, not when a commit or checkpoint covers them")
+@mutation(
+    "results leave the spool when they are announced, not when a commit or checkpoint covers them",
+    variants=(2, 9),
+    faults=("crash/job",),
+)
 def release_before_checkpoint() -> None:
     real = payloads.PayloadTable.hold
 
@@ -119,12 +146,12 @@ def release_before_checkpoint() -> None:
     payloads.PayloadTable.hold = hold
 
 
-@mutation("the folder of a payload is not synced")
+@mutation("the folder of a payload is not synced", variants=(2, 3, 9), faults=("host/", "host_step/"))
 def skip_the_folder_sync() -> None:
     spool.Spool._sync_folders = lambda self, folders: None
 
 
-@mutation("a payload's bytes are not synced")
+@mutation("a payload's bytes are not synced", variants=(2, 3, 9), faults=("host/", "host_step/"))
 def skip_the_file_sync() -> None:
     real = spool.Spool._sync_file
 
@@ -138,7 +165,11 @@ def skip_the_file_sync() -> None:
     spool.Spool._sync_file = sync
 
 
-@mutation("an attempt that was given on may settle its task")
+@mutation(
+    "an attempt that was given on may settle its task",
+    variants=(11, 12),
+    faults=("freeze/executor", "freeze/executor", "crash/executor"),
+)
 def accept_a_stale_attempt() -> None:
     real = settle._problem
 
@@ -184,18 +215,22 @@ def forget_before_stored() -> None:
     deliver.Delivery.turn = turn
 
 
-@mutation("an executor's results do not outlive its process")
+@mutation(
+    "an executor's results do not outlive its process",
+    variants=(1, 2, 3),
+    faults=("crash/executor", "crash_step/executor"),
+)
 def outbox_in_memory() -> None:
     outbox.Outbox._load = lambda self: None
 
 
-@mutation("nobody looks at sequence numbers")
+@mutation("nobody looks at sequence numbers", faults=("drop/", "drop/"))
 def no_sequence_check() -> None:
     sessions.Session.in_order = lambda self, sequence: 0
     linksession.Session._in_order = lambda self, packet: True
 
 
-@mutation("nobody looks at the checksum of a message")
+@mutation("nobody looks at the checksum of a message", faults=("flip/", "flip/"))
 def no_message_checksum() -> None:
     real = envelope.unpack_envelope
 
@@ -207,7 +242,11 @@ def no_message_checksum() -> None:
     messages.unpack_envelope = unpack
 
 
-@mutation("nobody looks at the checksum of a chunk, nor at the digest of a payload")
+@mutation(
+    "nobody looks at the checksum of a chunk, nor at the digest of a payload",
+    variants=(2, 3, 9),
+    faults=("flip/", "flip/"),
+)
 def no_chunk_check() -> None:
     real = stream.Receiver.on_chunk
 
@@ -238,7 +277,9 @@ def _without_digest(init: Any) -> Any:
     return without
 
 
-@mutation("a job process folds what it is told, again if it is told again")
+@mutation(
+    "a job process folds what it is told, again if it is told again", variants=(1, 8, 12), faults=("cut_all/", "drop/")
+)
 def fold_what_is_repeated() -> None:
     real = gather.Gather.on_done
 
@@ -250,7 +291,7 @@ def fold_what_is_repeated() -> None:
     gather.Gather.on_done = on_done
 
 
-@mutation("a checkpoint claims one result more than it holds")
+@mutation("a checkpoint claims one result more than it holds", variants=(5, 3), faults=("crash/job", "crash_step/job"))
 def checkpoint_covers_too_much() -> None:
     real = folding.Federation.checkpoint
 
@@ -260,7 +301,11 @@ def checkpoint_covers_too_much() -> None:
     folding.Federation.checkpoint = checkpoint
 
 
-@mutation("after a takeover results that the checkpoint holds are sent singly too")
+@mutation(
+    "after a takeover results that the checkpoint holds are sent singly too",
+    variants=(3, 5),
+    faults=("crash/job", "crash_step/job"),
+)
 def replay_ignores_the_checkpoint() -> None:
     real = streams.Streams._tell_results
 
@@ -280,7 +325,11 @@ def replay_ignores_the_checkpoint() -> None:
     streams.Streams._tell_results = tell
 
 
-@mutation("a site's attempt starts from what the attempt before it wrote, settled or not")
+@mutation(
+    "a site's attempt starts from what the attempt before it wrote, settled or not",
+    variants=(1, 2),
+    faults=("crash_step/executor", "cut_all/", "freeze/executor"),
+)
 def newest_site_state() -> None:
     real = state.StateStore.path
 
@@ -292,19 +341,35 @@ def newest_site_state() -> None:
     state.StateStore.path = path
 
 
-@mutation("a site's state is thrown away when its round is over")
+@mutation(
+    "what a site remembers goes with a result that is not wanted, though it may be the one that was stored",
+    variants=(0, 1, 8),
+    faults=("drop/", "cut_all/"),
+)
 def discard_site_state() -> None:
-    real = leases.Leases._settled
-    leases.Leases._settled = lambda self, owner, ref: ref.task in self.tasks and real(self, owner, ref)
+    real = deliver.Delivery.drop
+    leases.Leases._settled = lambda self, owner, ref: False
+
+    def drop(self: Any, key: Any) -> None:
+        collected = self._settled.__self__
+        known = collected._states.get(key)
+        real(self, key)
+        if known is not None:
+            site, job, version, _ = known
+            collected._desk.states.discard(site, job, version)
+
+    deliver.Delivery.drop = drop
 
 
-@mutation("what a dead executor had is not given on")
+@mutation("what a dead executor had is not given on", variants=(1, 2), faults=("crash/executor", "crash/executor"))
 def keep_the_dead_ones_leases() -> None:
     leases.Leases.owner_gone = lambda self, node, now, *, polite: None
     leases.Leases._expire = lambda self, *a: None
 
 
-@mutation("the row of a payload is written before its file is whole")
+@mutation(
+    "the row of a payload is written before its file is whole", variants=(2, 3, 9), faults=("host/", "crash/data")
+)
 def row_before_file() -> None:
     real = recovery.recover
 

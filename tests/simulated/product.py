@@ -31,6 +31,7 @@ def load() -> None:
         del sys.modules[name]
     network = importlib.import_module("network")
     system = importlib.import_module("system")
+    importlib.import_module("database")
     pretended: dict[str, ModuleType] = {**system.MODULES, "zmq": network.zmq}
     real: dict[str, Any] = {name: sys.modules[name] for name in pretended}
     sys.modules.update(pretended)

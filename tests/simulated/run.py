@@ -77,10 +77,15 @@ def _work(order: dict[str, Any]) -> int:
     if order.get("mutation"):
         from mutations import MUTATIONS
 
-        MUTATIONS[order["mutation"]][1]()
+        mutation = MUTATIONS[order["mutation"]]
+        mutation.switch()
     for line in order.get("lines") or range(order["first"], order["stop"], order["stride"]):
         plan = schedule.parse(line) if isinstance(line, str) else schedule.draw(line)
-        faulthandler.dump_traceback_later(20.0 if order.get("mutation") else _STUCK_S, exit=True)  # a loop that never waits is seen by nobody else
+        if order.get("mutation"):
+            plan = schedule.faults.favour(plan, mutation.variants, mutation.faults)
+        faulthandler.dump_traceback_later(
+            20.0 if order.get("mutation") else _STUCK_S, exit=True
+        )  # a loop that never waits is seen by nobody else
         out = schedule.run(plan)
         if not out.broken and plan.seed % _TWICE == 0 and not order.get("mutation"):
             again = schedule.run(plan)
@@ -223,7 +228,7 @@ def _mutations(args: argparse.Namespace) -> int:
 def _mutation_names() -> list[str]:
     import re
 
-    return re.findall(r"^@mutation\(.*\)\ndef (\w+)", (HERE / "mutations.py").read_text(), re.M)
+    return re.findall(r"^(?:\)|@mutation\(.*\))\ndef (\w+)\(\) -> None", (HERE / "mutations.py").read_text(), re.M)
 
 
 if __name__ == "__main__":

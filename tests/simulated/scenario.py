@@ -1,13 +1,11 @@
-"""What is trained, by whom, and what must come of it: the sites' pure task, and the model that a calm world would make."""
+"""What is trained, by whom, and what must come of it: the sites' pure task, and the model that a calm world makes."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""What Python programs know of their system, as modules: time, threading, queue, pools, chance, files, sqlite3.
+"""What Python programs know of their system, as modules: time, threading, queue, pools, chance, files.
 
 Stand-ins for the standard library's modules, so that the product's own shells (poll loops, link threads, agents, job
 processes) run unchanged in the room. Whatever is not pretended here is the real thing.
@@ -11,7 +11,6 @@ import os as real_os
 import queue as real_queue
 import random as real_random
 import secrets as real_secrets
-import sqlite3 as real_sqlite3
 import tempfile as real_tempfile
 import threading as real_threading
 import time as real_time
@@ -43,7 +42,7 @@ def party() -> Party:
     return room.current.party
 
 
-class _Proxy(ModuleType):
+class Proxy(ModuleType):
     """A real module with some names exchanged."""
 
     def __init__(self, real: ModuleType, **names: Any) -> None:
@@ -66,7 +65,7 @@ def _sleep(seconds: float) -> None:
     room.block(seconds)
 
 
-time = _Proxy(
+time = Proxy(
     real_time,
     monotonic=lambda: room.now,
     perf_counter=lambda: room.now,
@@ -199,7 +198,7 @@ def _current_thread() -> Any:
     return _threads.get(id(room.current), _MAIN) if room.current is not None else _INTERPRETER
 
 
-threading = _Proxy(
+threading = Proxy(
     real_threading,
     Lock=Lock,
     RLock=RLock,
@@ -252,7 +251,7 @@ class SimpleQueue:
         return len(self._items)
 
 
-queue = _Proxy(real_queue, SimpleQueue=SimpleQueue, Queue=SimpleQueue)
+queue = Proxy(real_queue, SimpleQueue=SimpleQueue, Queue=SimpleQueue)
 
 
 class ThreadPoolExecutor:
@@ -290,7 +289,7 @@ class ThreadPoolExecutor:
             self._todo.put(None)
 
 
-futures = _Proxy(real_futures, ThreadPoolExecutor=ThreadPoolExecutor)
+futures = Proxy(real_futures, ThreadPoolExecutor=ThreadPoolExecutor)
 
 # ---------------------------------------------------------------- chance
 
@@ -300,7 +299,7 @@ class _SystemRandom(real_random.Random):
         super().__init__(room.rng.getrandbits(64))
 
 
-random = _Proxy(
+random = Proxy(
     real_random,
     random=lambda: room.rng.random(),
     uniform=lambda a, b: room.rng.uniform(a, b),
@@ -316,7 +315,7 @@ def _bytes(count: int = 32) -> bytes:
     return room.rng.randbytes(count)
 
 
-secrets = _Proxy(
+secrets = Proxy(
     real_secrets,
     token_bytes=_bytes,
     token_hex=lambda count=32: _bytes(count).hex(),
@@ -377,7 +376,7 @@ def _close(fd: int) -> None:
 
 
 #: told when a process kills itself at a named point
-killed: Callable[[], None] = lambda: None
+killed: Callable[[], None] = list
 
 
 def _kill(pid: int, number: int) -> None:
@@ -404,7 +403,7 @@ def _pid() -> int:
     return room.current.party.pid if room.current is not None else real_os.getpid()
 
 
-os = _Proxy(
+os = Proxy(
     real_os,
     pipe2=_pipe2,
     write=_write,
@@ -434,65 +433,14 @@ def _flock(fd: int, operation: int) -> None:
 
 import fcntl as real_fcntl  # noqa: E402 - beside what it serves
 
-fcntl = _Proxy(real_fcntl, flock=_flock)
+fcntl = Proxy(real_fcntl, flock=_flock)
 
 
 def _mkdtemp(suffix: str = "", prefix: str = "tmp", dir: str | None = None) -> str:
     return disk.temporary(prefix)
 
 
-tempfile = _Proxy(real_tempfile, mkdtemp=_mkdtemp)
-
-# ---------------------------------------------------------------- sqlite3
-
-
-class Database:
-    """A connection that its process may not outlive: what it has not committed is gone then."""
-
-    def __init__(self, path: str, **options: Any) -> None:
-        self._db = real_sqlite3.connect(path, **options)
-        self._open = True
-        self._fresh: list[Any] = []
-        party().releases.append(lambda polite: self.close())
-
-    @property
-    def in_transaction(self) -> bool:
-        return self._db.in_transaction
-
-    def execute(self, statement: str, *args: Any) -> Any:
-        if statement == "COMMIT":
-            room.step()
-            if disk.refuses():
-                raise real_sqlite3.OperationalError("database or disk is full")
-            done = self._db.execute(statement)
-            disk.committed(self._fresh)
-            self._fresh = []
-            room.step()
-            return done
-        if statement.startswith("PRAGMA synchronous="):
-            disk.synchronous = statement.partition("=")[2]
-            statement = "PRAGMA synchronous=OFF"  # the room's disk forgets by itself, whatever the real one would
-        elif statement == "PRAGMA journal_mode=WAL":
-            statement = "PRAGMA journal_mode=MEMORY"
-        elif statement == "ROLLBACK":
-            self._fresh = []
-        return self._db.execute(statement, *args)
-
-    def executemany(self, statement: str, rows: Any) -> Any:
-        rows = list(rows)
-        if not rows:
-            return None
-        if statement.startswith(("INSERT OR REPLACE INTO results", "INSERT OR REPLACE INTO gathers")):
-            self._fresh += [(statement.split()[4].partition("(")[0], row) for row in rows]
-        return self._db.executemany(statement, rows)
-
-    def close(self) -> None:
-        if self._open:
-            self._open = False
-            self._db.close()
-
-
-sqlite3 = _Proxy(real_sqlite3, connect=Database)
+tempfile = Proxy(real_tempfile, mkdtemp=_mkdtemp)
 
 MODULES: dict[str, ModuleType] = {
     "time": time,
@@ -504,5 +452,4 @@ MODULES: dict[str, ModuleType] = {
     "os": os,
     "fcntl": fcntl,
     "tempfile": tempfile,
-    "sqlite3": sqlite3,
 }
