@@ -8,7 +8,7 @@ SUPPORTED := import sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$p" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
-.PHONY: demo test test-fast check bench fuzz clean distclean venv
+.PHONY: demo test test-fast check proof bench fuzz clean distclean venv
 .DEFAULT_GOAL := demo
 
 demo: venv  ## a federated model, trained on real digits through the whole pipeline
@@ -25,6 +25,12 @@ check: venv  ## lint, format, types, and which package may import which
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+proof: venv  ## the long forms: 20,000 schedules, each safeguard switched off in turn, machines, bounds (hours on two cores)
+	$(BIN)/python tests/simulated/run.py --regressions
+	$(BIN)/python tests/simulated/run.py --schedules 20000 --json workspace/proof/schedules.json
+	$(BIN)/python tests/simulated/run.py --mutations --limit 300
+	$(BIN)/python -m pytest -m proof
 
 bench: venv  ## the figures of docs/performance.md, on this machine
 	$(BIN)/python benchmarks/rounds.py --json workspace/bench/rounds.json

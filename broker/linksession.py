@@ -33,6 +33,8 @@ _DATA_HELLO_S = 2.5
 _DATA_PING_S = 1.0
 #: A request without an answer for so long, while the broker speaks, is said again: no request may wait for ever.
 _REPEAT_S = 10.0
+#: Messages that wait for room in the socket; the others wait in the outbox, which has its own bound.
+_MAX_UNSENT = 1024
 #: An answer that cannot be read so often is what the broker says.
 _MAX_UNREADABLE = 3
 #: A sequence number that is so far ahead, modulo 2^32, is behind.
@@ -198,7 +200,7 @@ class Session:
 
     def _drain_outbox(self) -> None:
         outbox = self.link.outbox
-        while outbox and self.welcomed:
+        while outbox and self.welcomed and len(self.unsent) < _MAX_UNSENT:
             self._queue_encoded(outbox.popleft())
 
     def _flush(self) -> None:

@@ -112,8 +112,15 @@ class Folding:
 
     def _quiet(self) -> None:
         """No result has come for a while: it may be that uploads wait for the room that a checkpoint would give."""
-        if self._since_checkpoint and not self._bad and self._gather.seen.state == "open" and self._fed.spool().waiting:
-            self._checkpoint()
+        if not (self._since_checkpoint and not self._bad and self._gather.seen.state == "open"):
+            return
+        if self._fed.spool().waiting:
+            try:
+                self._checkpoint()
+            except FencedError:
+                raise
+            except FaultError as error:  # within a partial of which more is to be told: the next wait tries again
+                log.info("checkpoint_refused", round=self._gather.opening.round, reason=str(error))
 
     def _take(self, result: Result) -> bool:
         """Whether the result is in; what follows of a partial is where its beginning is."""
