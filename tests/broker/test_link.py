@@ -273,13 +273,13 @@ def test_name_taken(broker: Broker, connect: Any) -> None:
 
 @pytest.mark.process
 def test_a_large_answer_that_no_link_takes_is_a_fault(broker: Broker, connect: Any) -> None:
-    """Events of up to 60 KiB a piece: each page fits, and none is lost."""
+    """Events of up to 30 KiB a piece: each page fits, and none is lost."""
     link = connect(broker)
     archive = ref_of(b"archive")
     link.put(archive, [b"archive"])
     job = link.request(SubmitJob(link.next_ref(), secrets.token_hex(8), "big", archive))[0].data["job_id"]
-    for number in range(30):
-        link.send(Event(JobId(job), "metric", data={"number": number, "text": "x" * 60_000}))
+    for number in range(60):
+        link.send(Event(JobId(job), "metric", data={"number": number, "text": "x" * 30_000}))
     seen: list[int] = []
     after = 0
     while True:
@@ -289,7 +289,7 @@ def test_a_large_answer_that_no_link_takes_is_a_fault(broker: Broker, connect: A
         if data["next"] <= after:
             break
         after = data["next"]
-    assert seen == list(range(30))
+    assert seen == list(range(60))
 
 
 # ---------------------------------------------------------------- lost and found
