@@ -14,8 +14,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 demo: venv  ## a federated model, trained on real digits through the whole pipeline
 	$(BIN)/python examples/digits/job.py --workspace workspace
 
-test: venv  ## everything, processes and kill -9 included
-	$(BIN)/python -m pytest
+test: venv  ## everything, processes and kill -9 included, on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: venv  ## the tiers that start no processes, on two cores: under a minute
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not process and not gpu and not proof"

@@ -14,8 +14,9 @@ job names is imported into the executor's own process.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
@@ -72,9 +73,14 @@ def call_plugin(plugin: Callable[..., Any], path: str, args: Mapping[str, Any]) 
         raise JobError(f"executor {path!r} raised {error!r}") from error
 
 
-@cache
 def _installed() -> tuple[EntryPoint, ...]:
-    """Looked up once: it reads the metadata of every package there is, and is asked for with each task."""
+    return _installed_on(tuple(sys.path))
+
+
+@lru_cache(maxsize=1)
+def _installed_on(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Looked up once: it reads the metadata of every package on the path, and is asked for with each task."""
+    del path
     return tuple(entry_points(group=GROUP))
 
 

@@ -248,7 +248,7 @@ class Ground:
         self.context.destroy(linger=0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     before = os.environ.get("FEDLOOM_NO_LOCAL")
     os.environ["FEDLOOM_NO_LOCAL"] = "1"  # honest peers stream: the data link is under attack too
