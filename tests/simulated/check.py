@@ -9,11 +9,12 @@ import msgpack
 from cluster import Cluster
 from fedloom.broker import rows
 from fedloom.serialization.envelope import KIND_AT
-from fedloom.serialization.messages import Done, Stored, decode
-from machine import Machine
+from fedloom.serialization.messages import Answer, Checkpoint, Claimed, Commit, Done, EndJob, Stored, decode
+from machine import Machine, Party
 from network import Network, Socket
 from scenario import Reference
 
+_COMMANDS = (Checkpoint.KIND, Commit.KIND, EndJob.KIND)
 #: Log lines that speak of a bug, or of something lost that was promised.
 ALARMS = frozenset(
     {
@@ -38,6 +39,8 @@ class Checker:
         #: task -> attempt whose result is committed
         self.results: dict[str, int] = {}
         self.acknowledged: dict[str, int] = {}
+        self.claim = 0  # the highest that was given
+        self.commands: dict[tuple[int, int], int] = {}  # of job processes, by process and ref: under which claim
         self.offered: set[tuple[str, int]] = set()  # attempts whose results somebody has sent; a Fail is answered too
         self.refusals = 0
         self.most: dict[str, int] = {}
@@ -57,8 +60,9 @@ class Checker:
             detail = {k: v for k, v in event.items() if k not in ("event", "exc_info")}
             self.say(f"log says {event['event']} {detail}{_error(event)}")
 
-    def _watch(self, socket: Socket, frames: list[bytes]) -> None:
+    def _watch(self, socket: Socket, to: Socket, frames: list[bytes]) -> None:
         kind = frames[0][KIND_AT]
+        self._fencing(kind, socket.party, to.party, frames)
         if kind == Done.KIND and socket.party.name != "control":
             done = decode(frames).message
             assert isinstance(done, Done)
@@ -78,6 +82,20 @@ class Checker:
                 self.refusals += 1
                 if not refusal.code or not refusal.reason:
                     self.say(f"refused without a reason: {refusal}")
+
+    def _fencing(self, kind: int, sender: Party, to: Party, frames: list[bytes]) -> None:
+        """Whoever commands under a claim that was given on is refused."""
+        if sender.name == "job" and kind in _COMMANDS:
+            command = decode(frames).message
+            self.commands[sender.pid, getattr(command, "ref", 0)] = getattr(command, "claim", 0)
+        elif sender.name == "control" and kind == Claimed.KIND:
+            claimed = decode(frames).message
+            assert isinstance(claimed, Claimed)
+            self.claim = max(self.claim, claimed.claim)
+        elif sender.name == "control" and to.name == "job" and kind == Answer.KIND:
+            claim = self.commands.get((to.pid, getattr(decode(frames).message, "ref", 0)))
+            if claim is not None and claim < self.claim:
+                self.say(f"a command under claim {claim} was carried out; claim {self.claim} has the job")
 
     def _take_rows(self) -> None:
         for table, row in self.disk.rows:

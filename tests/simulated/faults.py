@@ -119,7 +119,7 @@ def favour(plan: Plan, variants: Sequence[int], faults: Sequence[str]) -> Plan:
     wanted: list[Fault] = []
     for text in faults:
         kind, _, whom = text.partition("/")
-        lasts = chance.choice((2.0, 4.0)) if kind in ("freeze", "partition") else chance.uniform(0.5, 3.0)
+        lasts = chance.choice((2.0, 2.8, 3.2, 4.0)) if kind in ("freeze", "partition") else chance.uniform(0.5, 3.0)
         step = chance.choice((1, 2, 3, 5)) if kind == "point" else chance.randrange(1, 60)
         at = round(chance.uniform(0.02, 1.2), 4)
         wanted.append(Fault(kind, at, round(lasts, 3), whom, step, chance.choice((0.03, 0.1))))

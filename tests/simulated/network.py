@@ -85,8 +85,8 @@ class Network:
         self.weather: list[Weather] = []
         self.hits: Counter[str] = Counter()
         self.partitions: dict[Party, float] = {}
-        #: told of every message as it is handed to a socket: (sender, socket's kind, frames)
-        self.watch: Callable[[Socket, list[bytes]], None] = lambda socket, frames: None
+        #: told of every message as it is handed to a socket: (from, to, frames)
+        self.watch: Callable[[Socket, Socket, list[bytes]], None] = lambda socket, to, frames: None
         self._routes = 0
 
     # ------------------------------------------------------------ connections
@@ -249,7 +249,7 @@ class Socket:
             to = connection.router
         if connection.flying[to] + (len(to.inbox) if to is connection.dealer else 0) >= 2 * self._hwm:
             raise Again
-        network.watch(self, data)
+        network.watch(self, to, data)
         network.send(connection, to, data, inside=self.endpoint.startswith("ipc://"))
 
     def recv_multipart(self, flags: int = 0, copy: bool = True) -> list[Any]:

@@ -78,6 +78,9 @@ def _work(order: dict[str, Any]) -> int:
         from mutations import MUTATIONS
 
         mutation = MUTATIONS[order["mutation"]]
+        if mutation.machine:
+            print(json.dumps({"machine": mutation.machine}), flush=True)
+            return 0
         mutation.switch()
     for line in order.get("lines") or range(order["first"], order["stop"], order["stride"]):
         plan = schedule.parse(line) if isinstance(line, str) else schedule.draw(line)
@@ -86,6 +89,8 @@ def _work(order: dict[str, Any]) -> int:
         faulthandler.dump_traceback_later(
             20.0 if order.get("mutation") else _STUCK_S, exit=True
         )  # a loop that never waits is seen by nobody else
+        if order.get("mutation"):
+            print(json.dumps({"begins": str(plan)}), flush=True)
         out = schedule.run(plan)
         if not out.broken and plan.seed % _TWICE == 0 and not order.get("mutation"):
             again = schedule.run(plan)
@@ -214,15 +219,30 @@ def _mutations(args: argparse.Namespace) -> int:
             count, found, plan = 0, "", ""
             try:
                 for figures in _figures([worker]):
-                    count += 1
-                    plan = figures["plan"]
-                    if figures["broken"]:
+                    if "machine" in figures:
+                        count, found = _machine(name, figures["machine"])
+                    elif "begins" in figures:
+                        plan, count = figures["begins"], count + 1
+                    elif figures["broken"]:
                         found = f"[{plan}] {figures['broken'][0].splitlines()[0][:110]}"
             except RuntimeError:
-                found = f"behind [{plan}]: a loop that never ends"
+                if not plan:
+                    raise  # it never came to run one
+                found = f"[{plan}] a loop that never ends, or an error of the room's"
             unnoticed += not found
             print(f"{name:34} {count:>9}  {found or 'NOBODY'}", flush=True)
     return bool(unnoticed)
+
+
+def _machine(name: str, path: str) -> tuple[int, str]:
+    """Whether a stateful machine notices, and by which of its words."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "switch_off", "-p", "no:cacheprovider", path]
+    env = os.environ | {"PYTHONPATH": str(HERE), "FEDLOOM_MUTATION": name}
+    done = subprocess.run(command, cwd=HERE.parent.parent, env=env, capture_output=True, text=True, check=False)
+    if done.returncode != 1:  # 1: tests ran, and some failed
+        return 1, "" if done.returncode == 0 else f"pytest ended with {done.returncode}: {done.stdout[-300:]}"
+    wrong = [line for line in done.stdout.splitlines() if line.startswith("E  ")]
+    return 1, f"{Path(path).name}: {(wrong or ['a test failed'])[0][1:].strip()[:100]}"
 
 
 def _mutation_names() -> list[str]:
