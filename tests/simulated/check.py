@@ -224,8 +224,8 @@ class Checker:
         if state.quota.admitted:
             self.say(f"admitted and never come: {list(state.quota.admitted)}")
         # what a dead co-located peer had not handed over goes by its age (`Spool.sweep_incoming`), as do parts of which
-        # a broker that died was the only one to know that nobody comes back for them
-        if cluster.hits["killed: control"] or cluster.hits["killed: data"]:
+        # a broker that ended, killed or by a failing disk, was the only one to know that nobody comes back for them
+        if cluster.broker_ended:
             return
         left = [path.name for path in state.spool.incoming.iterdir() if path.suffix in (".part", ".blocks")]
         if left:

@@ -70,6 +70,7 @@ class Cluster:
         self.reason = ""
         self.job = ""
         self.ended_at = 0.0
+        self.broker_ended = False
         #: faults by kind that hit somebody while the job was at work
         self.hits: Counter[str] = Counter()
         self.executions: Counter[tuple[str, int]] = Counter()
@@ -112,6 +113,7 @@ class Cluster:
         begin()
 
     def _died(self, party: Party) -> None:
+        self.broker_ended = self.broker_ended or party.name in ("control", "data")
         why = self._why.pop(party.pid, "")
         if party.crash_at and party.steps == party.crash_at:
             why = why or "crash_step"
