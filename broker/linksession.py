@@ -16,7 +16,7 @@ import zmq
 
 from ..serialization.codec import CodecError, pack, unpack
 from ..serialization.envelope import Buffer, pack_envelope
-from ..serialization.errors import FaultError, LinkError, WireError
+from ..serialization.errors import EnvelopeError, FaultError, LinkError, WireError
 from ..serialization.messages import Bye, Fault, Message, Packet, Ping, Welcome, decode, encode
 from .linkstate import LinkState, LocalSpool, Outgoing, Request
 from .sockets import connect, make_socket, resolve_data_endpoint
@@ -35,7 +35,7 @@ _DATA_PING_S = 1.0
 _REPEAT_S = 10.0
 #: Messages that wait for room in the socket; the others wait in the outbox, which has its own bound.
 _MAX_UNSENT = 1024
-#: An answer that cannot be read so often is what the broker says.
+#: An answer that came whole and cannot be read so often is what the broker says.
 _MAX_UNREADABLE = 3
 #: A sequence number that is so far ahead, modulo 2^32, is behind.
 _BEHIND = 1 << 31
@@ -163,7 +163,8 @@ class Session:
         """
         link = self.link
         refused = FaultError("malformed", f"the broker's answer cannot be read: {error}")
-        ref = _ref_of(frames)
+        # behind a wrong envelope nothing can be trusted, the ref neither: that says nothing about the answer
+        ref = 0 if isinstance(error, EnvelopeError) else _ref_of(frames)
         request = link.requests.get(ref) if ref else None
         if request is not None:
             request.unreadable += 1

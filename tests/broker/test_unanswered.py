@@ -152,3 +152,21 @@ def test_an_unreadable_answer_is_an_error_and_not_a_circle(running: Running, mon
     monkeypatch.setattr(linksession, "decode", decode)
     assert isinstance(running.ask(), Answer)
     assert running.link.state == "up"
+
+
+def test_answers_altered_on_the_way_are_asked_for_again(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even a wrong protocol version says anything about the answer: behind a wrong checksum all is noise."""
+    decode, altered = linksession.decode, 0
+
+    def altering(frames: Any, *args: Any) -> Packet:
+        nonlocal altered
+        packet = decode(frames, *args)
+        if isinstance(packet.message, Answer) and altered < 5:
+            altered += 1
+            frames = [bytes([*frames[0][:4], frames[0][4] ^ 2, *frames[0][5:]]), *frames[1:]]
+        return decode(frames, *args)
+
+    monkeypatch.setattr(linksession, "decode", altering)
+    assert isinstance(running.ask(), Answer)
+    assert altered == 5
+    assert running.link.state == "up"
