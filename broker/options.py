@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from ..serialization.errors import JobError
 from .ledger import Limits as LedgerLimits
@@ -15,7 +15,12 @@ from .transferlimits import Limits as TransferLimits
 
 __all__ = ["OPTIONS", "apply", "parse"]
 
-T = TypeVar("T")
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+T = TypeVar("T", bound=_Dataclass)
 Number = int | float
 
 _UNITS = {"": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
@@ -64,6 +69,6 @@ def _value(name: str, text: str) -> Number:
 
 def apply(settings: T, bounds: Mapping[str, Number]) -> T:
     """The settings (a dataclass) with those of the bounds that are fields of it."""
-    names = {field.name for field in dataclasses.fields(settings)}  # pyright: ignore[reportArgumentType]
+    names = {field.name for field in dataclasses.fields(settings)}
     changes: Any = {name: value for name, value in bounds.items() if name in names}
-    return dataclasses.replace(settings, **changes)  # pyright: ignore[reportArgumentType, reportUnknownVariableType, reportReturnType]
+    return dataclasses.replace(settings, **changes)

@@ -5,8 +5,9 @@ Names are loaded when they are first used, so that the command line starts witho
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..serialization.lazy import exports
 
 if TYPE_CHECKING:
     from .base import Recipe
@@ -34,30 +35,21 @@ __all__ = [
     "TransferType",
 ]
 
-_HOMES = {
-    "Env": "env",
-    "ExchangeFormat": "options",
-    "FedAvgRecipe": "fedavg",
-    "FrameworkType": "options",
-    "Job": "job",
-    "JobClient": "client",
-    "NumpyFedAvgRecipe": "fedavg",
-    "ProdEnv": "env",
-    "Recipe": "base",
-    "Run": "run",
-    "SimEnv": "env",
-    "SiteFailure": "failures",
-    "TransferType": "options",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "Env": "env",
+        "ExchangeFormat": "options",
+        "FedAvgRecipe": "fedavg",
+        "FrameworkType": "options",
+        "Job": "job",
+        "JobClient": "client",
+        "NumpyFedAvgRecipe": "fedavg",
+        "ProdEnv": "env",
+        "Recipe": "base",
+        "Run": "run",
+        "SimEnv": "env",
+        "SiteFailure": "failures",
+        "TransferType": "options",
+    },
+)
