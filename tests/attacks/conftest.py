@@ -6,7 +6,6 @@ process's `Link`. Strangers are in strangers.py.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import queue
@@ -49,13 +48,11 @@ from fedloom.serialization.messages import (
 )
 from fedloom.serialization.model import FLModel
 from fedloom.serialization.payload import decode_model, encode_model
+from siblings import load
 
 M = TypeVar("M")
 
-_spec = importlib.util.spec_from_file_location("fedloom_tests_strangers", Path(__file__).with_name("strangers.py"))
-assert _spec is not None and _spec.loader is not None
-strangers_module: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(strangers_module)
+strangers_module = load(__file__, "strangers")
 
 WAIT_S: float = strangers_module.WAIT_S
 #: How much more memory than at the start the broker's processes may have, whatever was done to them.

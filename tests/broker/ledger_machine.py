@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 from fedloom.broker.ledger import Ledger, Limits
@@ -25,15 +22,9 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     invariant,
 )
+from siblings import load
 
-_spec = importlib.util.spec_from_file_location(
-    "fedloom_tests_ledger_model", Path(__file__).with_name("ledger_model.py")
-)
-assert _spec is not None
-assert _spec.loader is not None
-ledger_model: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = ledger_model  # where dataclasses look their annotations up
-_spec.loader.exec_module(ledger_model)
+ledger_model = load(__file__, "ledger_model")
 
 JOB = JobId("job")
 LIMITS = Limits(max_tasks=4, max_gathers=3, retry_s=0.5)

@@ -5,24 +5,14 @@ The machines in `test_ledger_machine` and `test_journal_machine` do everything t
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from fedloom.broker.gathers import choose_sites, gather_id, task_id
 from fedloom.serialization.messages import CloseRule, OpenGather, TaskRef
+from siblings import load
 
-_spec = importlib.util.spec_from_file_location(
-    "fedloom_tests_settle_model", Path(__file__).with_name("settle_model.py")
-)
-assert _spec is not None
-assert _spec.loader is not None
-settle_model: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = settle_model
-_spec.loader.exec_module(settle_model)
+settle_model = load(__file__, "settle_model")
 
 ENDED = ("done", "failed", "cancelled", "dead")
 KILLED_DEAD = 3

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,13 +18,9 @@ from fedloom.serialization.messages import (
     Put,
     Stored,
 )
+from siblings import load
 
-_path = Path(__file__).with_name("conftest.py")
-_spec = importlib.util.spec_from_file_location("fedloom_tests_broker_spool", _path)
-assert _spec is not None
-assert _spec.loader is not None
-tools: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tools)
+tools = load(__file__, "conftest")
 
 SITES = ("site-0", "site-1", "site-2")
 #: Sizes are in these, so that a job's archive of a few bytes is next to nothing.

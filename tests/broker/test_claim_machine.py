@@ -9,15 +9,12 @@ import pytest
 from fedloom.broker.jobs import Jobs
 from fedloom.serialization.errors import FaultError, FencedError
 from fedloom.serialization.messages import Commit, JobId, PayloadId, PayloadRef, SubmitJob
-from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from lengths import AS_FOUND, long, short
 
 START_S, CRASHES = 10.0, 5
-SHORT = settings(  # shrinking takes minutes, and is the long form's
-    max_examples=80, stateful_step_count=50, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
-)
-LONG = settings(max_examples=1000, stateful_step_count=80, deadline=None, print_blob=True, report_multiple_bugs=False)
+SHORT, LONG = short(80, 50, phases=AS_FOUND), long(1000, 80, report_multiple_bugs=False)
 NUMBER = st.integers(0, 63)
 
 

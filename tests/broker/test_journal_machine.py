@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import sqlite3
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,15 @@ from fedloom.broker.ledger import Ledger
 from fedloom.broker.payloads import PayloadTable
 from fedloom.serialization.errors import StorageError
 from fedloom.serialization.messages import Commit, Done, JobId, PayloadId, PayloadRef, SubmitJob
-from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
+from lengths import AS_FOUND, long, short
+from siblings import load
 
-_spec = importlib.util.spec_from_file_location(
-    "fedloom_tests_ledger_machine", Path(__file__).with_name("test_ledger_machine.py")
-)
-assert _spec is not None
-assert _spec.loader is not None
-machines: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = machines
-_spec.loader.exec_module(machines)
+machines = load(__file__, "test_ledger_machine")
 
 JOB, LIMITS, NUMBER, pick = machines.JOB, machines.LIMITS, machines.NUMBER, machines.pick
-SHORT = settings(  # shrinking takes minutes, and is the long form's
-    max_examples=100, stateful_step_count=50, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
-)
-LONG = settings(max_examples=1200, stateful_step_count=60, deadline=None, print_blob=True, report_multiple_bugs=False)
+SHORT, LONG = short(100, 50, phases=AS_FOUND), long(1200, 60, report_multiple_bugs=False)
 #: What of a job is not journaled.
 NOT_KEPT = ("live", "claim_until", "available_at")
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,25 +22,16 @@ from fedloom.serialization.messages import (
     TaskId,
     TaskRef,
 )
-from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
+from lengths import AS_FOUND, long, short
+from siblings import load
 
-_spec = importlib.util.spec_from_file_location(
-    "fedloom_tests_ledger_machine", Path(__file__).with_name("ledger_machine.py")
-)
-assert _spec is not None
-assert _spec.loader is not None
-machine: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = machine  # where dataclasses look their annotations up
-_spec.loader.exec_module(machine)
+machine = load(__file__, "ledger_machine")
 
 JOB, LIMITS, SHAPES, NODES, CAPACITY = machine.JOB, machine.LIMITS, machine.SHAPES, machine.NODES, machine.CAPACITY
 NUMBER, TWISTS, pick = machine.NUMBER, machine.TWISTS, machine.pick
-SHORT = settings(  # shrinking takes minutes, and is the long form's
-    max_examples=200, stateful_step_count=60, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
-)
-LONG = settings(max_examples=2500, stateful_step_count=80, deadline=None, print_blob=True, report_multiple_bugs=False)
+SHORT, LONG = short(200, 60, phases=AS_FOUND), long(2500, 80, report_multiple_bugs=False)
 
 
 class LedgerMachine(machine.Beside):

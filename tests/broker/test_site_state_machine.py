@@ -35,15 +35,12 @@ from fedloom.serialization.messages import (
     Stored,
     TaskRef,
 )
-from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from lengths import AS_FOUND, long, short
 
 NODE, SITES = "e", ("a", "b")
-SHORT = settings(  # shrinking takes minutes, and is the long form's
-    max_examples=100, stateful_step_count=60, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
-)
-LONG = settings(max_examples=1200, stateful_step_count=80, deadline=None, print_blob=True, report_multiple_bugs=False)
+SHORT, LONG = short(100, 60, phases=AS_FOUND), long(1200, 80, report_multiple_bugs=False)
 NUMBER = st.integers(0, 63)
 
 

@@ -7,7 +7,6 @@ tables say they consist of, and what waits for its use (put, task, part, submit)
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import shutil
@@ -33,7 +32,7 @@ from fedloom.serialization.messages import (
     Receipt,
     TaskRef,
 )
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -43,14 +42,10 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from lengths import long, short
+from siblings import load
 
-_path = Path(__file__).with_name("spool_world.py")
-_spec = importlib.util.spec_from_file_location("fedloom_tests_spool_world", _path)
-assert _spec is not None
-assert _spec.loader is not None
-world: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = world  # where dataclasses look their annotations up
-_spec.loader.exec_module(world)
+world = load(__file__, "spool_world")
 SITES = world.SITES
 UNIT = world.UNIT
 POINTS = world.POINTS
@@ -406,13 +401,7 @@ class SpoolMachine(world.SpoolWorld, RuleBasedStateMachine):  # type: ignore[mis
         return bool(job.gather)
 
 
-SHORT = settings(
-    max_examples=45,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+SHORT = short(45, 40, suppress_health_check=[HealthCheck.too_slow])
 
 TestSpoolMachine = SpoolMachine.TestCase
 TestSpoolMachine.settings = SHORT
@@ -420,6 +409,5 @@ TestSpoolMachine.settings = SHORT
 
 @pytest.mark.proof
 def test_many_spools() -> None:
-    """The long form: other seeds each time, longer histories. A failure prints what reproduces it."""
-    long = settings(SHORT, max_examples=600, stateful_step_count=60, derandomize=False, print_blob=True)
-    run_state_machine_as_test(SpoolMachine, settings=long)
+    """The long form."""
+    run_state_machine_as_test(SpoolMachine, settings=long(600, 60, SHORT))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,13 +33,9 @@ from fedloom.serialization.messages import (
 )
 from fedloom.serialization.model import FLModel
 from fedloom.serialization.payload import decode_model, encode_model
+from siblings import load
 
-_path = Path(__file__).parent.parent / "broker" / "conftest.py"
-_spec = importlib.util.spec_from_file_location("fedloom_tests_broker", _path)
-assert _spec is not None
-assert _spec.loader is not None
-broker_tools: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(broker_tools)
+broker_tools = load(__file__, "../broker/conftest")
 
 STEPS = "NUM_STEPS_CURRENT_ROUND"
 BASE = np.linspace(-1, 1, 64, dtype=np.float32)

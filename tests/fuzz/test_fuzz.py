@@ -6,9 +6,7 @@ The long form is `make fuzz`, which needs atheris. A crasher of it that was fixe
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +17,7 @@ from fuzzing.mutate import mutate
 from fuzzing.table import TARGETS
 from fuzzing.target import Target, TooMuchMemory
 from fuzzing.wire import join_frames, split_frames
+from siblings import load
 
 HERE = Path(__file__).resolve().parent
 REGRESSIONS = HERE / "regressions"
@@ -112,12 +111,7 @@ def test_frames_are_split_as_they_were_joined() -> None:
 
 @pytest.fixture(scope="module")
 def runner() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz_run", HERE / "run.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load(__file__, "run")
 
 
 def test_the_runner_knows_every_target(runner: ModuleType) -> None:

@@ -44,7 +44,7 @@ from fold_reference import (
     state_of,
     wrap,
 )
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -54,6 +54,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from lengths import AS_FOUND, long, short
 
 
 @dataclass(frozen=True)
@@ -407,26 +408,10 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_to
 
 def test_any_history_leaves_the_exact_sums() -> None:
     """The steps of a failure are shown as they were found: to make them fewer takes longer than a test may."""
-    phases = [Phase.explicit, Phase.generate]
-    run_state_machine_as_test(
-        FoldMachine,
-        settings=settings(
-            max_examples=40,
-            stateful_step_count=25,
-            derandomize=True,
-            deadline=None,
-            phases=phases,
-            suppress_health_check=QUIET,
-        ),
-    )
+    run_state_machine_as_test(FoldMachine, settings=short(40, 25, phases=AS_FOUND, suppress_health_check=QUIET))
 
 
 @pytest.mark.proof
 @pytest.mark.timeout(1800)
 def test_any_history_leaves_the_exact_sums_long() -> None:
-    run_state_machine_as_test(
-        FoldMachine,
-        settings=settings(
-            max_examples=800, stateful_step_count=40, deadline=None, print_blob=True, suppress_health_check=QUIET
-        ),
-    )
+    run_state_machine_as_test(FoldMachine, settings=long(800, 40, suppress_health_check=QUIET))

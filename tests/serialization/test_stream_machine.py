@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from fedloom.serialization.stream import RESEND_BACKOFF, ChunkPlan, Outcome, Receiver, Sender
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -22,6 +22,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from lengths import long, short
 
 SOURCE = random.Random(3).randbytes(4096)
 RESEND_S = 2.0
@@ -396,13 +397,7 @@ class StreamMachine(RuleBasedStateMachine):
             self.down.clear()
 
 
-SHORT = settings(
-    max_examples=160,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+SHORT = short(160, 40, suppress_health_check=[HealthCheck.too_slow])
 
 TestStreamMachine = StreamMachine.TestCase
 TestStreamMachine.settings = SHORT
@@ -410,8 +405,5 @@ TestStreamMachine.settings = SHORT
 
 @pytest.mark.proof
 def test_many_streams() -> None:
-    """The long form: other seeds each time, longer histories. A failure prints what reproduces it."""
-    long = settings(
-        SHORT, max_examples=3000, stateful_step_count=60, derandomize=False, print_blob=True, phases=tuple(Phase)
-    )
-    run_state_machine_as_test(StreamMachine, settings=long)
+    """The long form."""
+    run_state_machine_as_test(StreamMachine, settings=long(3000, 60, SHORT))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgpack
 from cluster import Cluster
 from fedloom.broker import rows
 from fedloom.serialization.envelope import KIND_AT
@@ -22,10 +21,6 @@ ALARMS = frozenset(
         "payload_lost", "results_lost", "message_too_large", "message_unsent",
     }
 )  # fmt: skip
-
-
-class Violation(Exception):
-    """A promise was broken."""
 
 
 class Checker:
@@ -238,6 +233,3 @@ def _error(event: dict[str, Any]) -> str:
     import traceback
 
     return "\n" + traceback.format_exc()
-
-
-__all__ = ["ALARMS", "Checker", "Violation", "msgpack"]

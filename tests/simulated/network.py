@@ -12,6 +12,7 @@ import errno
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -79,7 +80,7 @@ class Network:
 
     def __init__(self, machine: Machine, seed: int) -> None:
         self.machine = machine
-        self.chance = __import__("random").Random(seed)
+        self.chance = Random(seed)
         self.bound: dict[str, Socket] = {}
         self.connections: list[Connection] = []
         self.weather: list[Weather] = []

@@ -7,6 +7,7 @@ processes) run unchanged in the room. Whatever is not pretended here is the real
 from __future__ import annotations
 
 import errno
+import fcntl as real_fcntl
 import os as real_os
 import queue as real_queue
 import random as real_random
@@ -375,8 +376,8 @@ def _close(fd: int) -> None:
         pipes.pop(fd, None)
 
 
-#: told when a process kills itself at a named point
-killed: Callable[[], None] = list
+def killed() -> None:
+    """Told when a process kills itself at a named point; each run puts its own listener here."""
 
 
 def _kill(pid: int, number: int) -> None:
@@ -430,8 +431,6 @@ def _flock(fd: int, operation: int) -> None:
     _locks[key] = me
     me.releases.append(lambda polite: _locks.pop(key, None) if _locks.get(key) is me else None)
 
-
-import fcntl as real_fcntl  # noqa: E402 - beside what it serves
 
 fcntl = Proxy(real_fcntl, flock=_flock)
 

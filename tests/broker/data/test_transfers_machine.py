@@ -6,7 +6,6 @@ its disk fail. Blocks are 4 KiB instead of 4 MiB, so that a resume can be had wi
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import shutil
@@ -15,7 +14,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import structlog
@@ -33,7 +31,7 @@ from fedloom.serialization.messages import (
     Stored,
     decode,
 )
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -42,14 +40,10 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from lengths import long, short
+from siblings import load
 
-_path = Path(__file__).with_name("transfers_world.py")
-_spec = importlib.util.spec_from_file_location("fedloom_tests_transfers_world", _path)
-assert _spec is not None
-assert _spec.loader is not None
-world: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = world  # where dataclasses look their annotations up
-_spec.loader.exec_module(world)
+world = load(__file__, "transfers_world")
 BLOCK = world.BLOCK
 SOURCE = world.SOURCE
 SIZES = world.SIZES
@@ -335,13 +329,7 @@ def collector(into: bytearray) -> Callable[[int, memoryview], None]:
     return take
 
 
-SHORT = settings(
-    max_examples=100,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+SHORT = short(100, 40, suppress_health_check=[HealthCheck.too_slow])
 
 TestTransfersMachine = TransfersMachine.TestCase
 TestTransfersMachine.settings = SHORT
@@ -362,6 +350,5 @@ def test_a_finished_file_that_takes_the_place_of_chunks_leaves_nothing_open() ->
 
 @pytest.mark.proof
 def test_many_transfers() -> None:
-    """The long form: other seeds each time, longer histories. A failure prints what reproduces it."""
-    long = settings(SHORT, max_examples=1100, stateful_step_count=60, derandomize=False, print_blob=True)
-    run_state_machine_as_test(TransfersMachine, settings=long)
+    """The long form."""
+    run_state_machine_as_test(TransfersMachine, settings=long(1100, 60, SHORT))
