@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..serialization.errors import JobError
 from .base import Recipe, torch_params
-from .code import is_installed
+from .components import sources
 from .job import Job
 from .options import (
     AggregationOptions,
@@ -183,7 +182,7 @@ class FedAvgRecipe(Recipe):
         params = torch_params(model)
         if not params:
             raise JobError(f"model {type(model).__name__} has no parameters and no buffers: nothing to train together")
-        return params, _sources({type(part).__module__ for part in model.modules()})
+        return params, sources({type(part).__module__ for part in model.modules()})
 
     def _check_function(self, script: Path) -> None:
         """Look for the function that ``train_script`` names, before any site would miss it."""
@@ -293,16 +292,3 @@ def _build(entry: Mapping[str, Any]) -> Any:
         return getattr(import_module(module), name)(**dict(entry.get("args") or {}))
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise JobError(f"model: class_path {entry['class_path']!r} cannot be built: {error}") from None
-
-
-def _sources(modules: set[str]) -> list[Path]:
-    """The local source files of modules: those outside every installed package."""
-    out: list[Path] = []
-    for name in sorted(modules - {"__main__"}):
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if not isinstance(file, str) or not file.endswith(".py"):
-            continue
-        path = Path(file).resolve()
-        if "." not in name and not is_installed(path.parent):
-            out.append(path)
-    return out

@@ -65,7 +65,10 @@ class Job:
         self.components.append(Component(path, dict(args or {}), id))
 
     def add_code(self, script: str | Path, *more: Path) -> str:
-        """Take along a script with the modules beside it that it imports, and those that ``more`` scripts import.
+        """Take along a script with the modules beside it that it imports, and so with ``more`` files.
+
+        Args:
+            more: other modules' files, and packages' folders, which go as they are.
 
         Returns:
             The script's place in the job's custom folder.
@@ -80,7 +83,10 @@ class Job:
         if path is None:
             where = " or ".join(str(candidate) for candidate in candidates)
             raise JobError(f"script {str(script)!r} not found: looked for {where}")
-        for name, file in code.local_code([path, *more], folders).items():
+        found = code.local_code([path, *(one for one in more if not one.is_dir())], folders)
+        for folder in (one for one in more if one.is_dir()):
+            found |= code.tree(folder)
+        for name, file in found.items():
             code.add_file(self.files, name, file)
         return path.name
 
