@@ -300,8 +300,16 @@ class _SystemRandom(real_random.Random):
         super().__init__(room.rng.getrandbits(64))
 
 
+class _Random(real_random.Random):
+    """A generator without a seed: from the room's state, and without a draw, which would make every schedule another."""
+
+    def __init__(self, seed: Any = None) -> None:
+        super().__init__(hash(room.rng.getstate()[1]) if seed is None else seed)
+
+
 random = Proxy(
     real_random,
+    Random=_Random,
     random=lambda: room.rng.random(),
     uniform=lambda a, b: room.rng.uniform(a, b),
     randrange=lambda *a: room.rng.randrange(*a),
