@@ -301,7 +301,7 @@ class _SystemRandom(real_random.Random):
 
 
 class _Random(real_random.Random):
-    """A generator without a seed: from the room's state, and without a draw, which would make every schedule another."""
+    """A generator without a seed: from the room's state, not by a draw, which would change every schedule."""
 
     def __init__(self, seed: Any = None) -> None:
         super().__init__(hash(room.rng.getstate()[1]) if seed is None else seed)
