@@ -49,6 +49,8 @@ class CommitRef:
     state: PayloadRef | None = None
     best: PayloadRef | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    workflow: Count = 0  # which of the job's workflows it is of
+    first: Count = 0  # the number of that workflow's first round
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class Commit:
     best: bool = False  # this commit's ``best_model`` (else its model) is the best so far
     best_model: PayloadRef | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    workflow: Count = 0  # as in CommitRef
+    first: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,10 @@ class EndJob:
     claim: Count
     status: Literal["FINISHED:COMPLETED", "FINISHED:FAILED", "FINISHED:ABORTED"]
     reason: Text = ""
+
+
+#: The kind of the events that hold what scripts log, many points in one; see docs/protocol.md.
+POINTS_KIND = "metric"
 
 
 @dataclass(frozen=True, slots=True)

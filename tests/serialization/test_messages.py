@@ -140,7 +140,7 @@ SAMPLES: list[tuple[m.Message, bytes]] = [
     (m.ClaimJob(12, JOB, 2, "its controller was stopped", True), b""),
     (m.Claimed(12, JOB, 3, "digits", BLOB, {"rounds": 5}, m.CommitRef(2, MODEL, BLOB, MODEL, {"round": 2})), b""),
     (m.Checkpoint(13, JOB, 3, GATHER, MODEL, 100), b""),
-    (m.Commit(14, JOB, 3, 4, MODEL, BLOB, True, MODEL, {"metrics": {"acc": 0.9}}), b""),
+    (m.Commit(14, JOB, 3, 4, MODEL, BLOB, True, MODEL, {"metrics": {"acc": 0.9}}, 1, 3), b""),
     (m.EndJob(15, JOB, 3, "FINISHED:FAILED", "ValueError: no"), b""),
     (m.Event(JOB, "metric", SITE, {"acc": 0.9}, "text"), b""),
     (m.Ask(16, "events", JOB, 100, 50), b""),

@@ -19,7 +19,15 @@ from typing import Any
 
 from fedloom.serialization.archive import ArchiveLimits, folder_entries, pack_folder, unpack_archive
 from fedloom.serialization.errors import JobError
-from fedloom.serialization.jobspec import CLIENT_CONFIG, META_FILE, SERVER_CONFIG, Component, ExecutorSpec, JobSpec
+from fedloom.serialization.jobspec import (
+    CLIENT_CONFIG,
+    META_FILE,
+    SERVER_CONFIG,
+    Component,
+    ExecutorSpec,
+    FilterSpec,
+    JobSpec,
+)
 
 from .target import MIB, Target
 
@@ -159,16 +167,22 @@ def job_folder(data: bytes) -> None:
     folder = _job_dir(sandbox() / "job")
     for name, text in ((META_FILE, meta), (f"app/{SERVER_CONFIG}", server), (f"app/{CLIENT_CONFIG}", client)):
         (folder / name).write_bytes(text)
-    spec = JobSpec.load(folder)
+    spec = JobSpec.load(folder, {})
     for executor in spec.executors:
         for task in executor.tasks:
-            spec.executor_for(task)
+            for site in ("", *executor.sites):
+                spec.executor_for(task, site)
+    for app in spec.apps:
+        for site in ("site-1", *app.sites):
+            app.config_of(site)
+            spec.filters_for("client_output", "train", site)
+    spec.filters_for("server_input", "train")
     again = sandbox() / "again"
     shutil.rmtree(again, ignore_errors=True)
     spec.write(again)
-    if spec.app == "app":
+    if all(custom == again / "app" / "custom" for custom in spec.custom_dirs(again)):
         _job_dir(again, fresh=False)
-        assert JobSpec.load(again) == spec
+        assert JobSpec.load(again, {}) == spec
 
 
 def _job_dir(folder: Path, *, fresh: bool = True) -> Path:
@@ -191,13 +205,16 @@ def job_seeds() -> Iterable[bytes]:
         JobSpec(
             "é",
             (fedavg,),
-            (ExecutorSpec(("train", "eval*"), script),),
+            (ExecutorSpec(("train", "eval*"), script), ExecutorSpec(("*",), script, ("site-1",))),
             sites=("site-1", "site-2"),
             components=(Component("a.B", {"x": [1.5, {"path": "c.D", "args": {}}]}, "selector"),),
             client_components=(Component("c.D"),),
             extra={"study": None},
-            server_extra={"task_data_filters": [{"tasks": ["train"]}]},
-            client_extra={"mine": 1},
+            server_output=(FilterSpec((Component("a.F", {"x": 1}),), ("train",)),),
+            client_output=(FilterSpec((Component("a.F"),), ("*",), ("site-2",)),),
+            mandatory_clients=("site-1",),
+            resource_spec={"site-1": {"num_of_gpus": 1}},
+            client_extra={"mine": 1, "path": "{mine}/x", "site_config": {"site-1": {"mine": 2}}},
         ),
     ]
     seeds: list[bytes] = []
@@ -239,6 +256,14 @@ JOB_WORDS = (
     b'"args":{',
     b'"tasks":["',
     b'"executor":{',
+    b'"task_result_filters":[{"filters":[{"name":"ExcludeVars"}]}]',
+    b'"site_config":{"',
+    b'"mandatory_clients":["',
+    b'"resource_spec":{"',
+    b'"name":"FedAvg"',
+    b'["server","site-1"]',
+    b"{mine}",
+    b"{SITE_NAME}",
     b'"task_script_path":"',
     b'"initial_model":"',
     b"\\u0000",
