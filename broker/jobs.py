@@ -247,7 +247,9 @@ class Jobs:
         job = self.check(message.job, message.claim)
         before = job.commit
         best = (message.best_model or message.model) if message.best else (before.best if before else None)
-        new = CommitRef(message.round, message.model, message.state, best, message.record)
+        new = CommitRef(
+            message.round, message.model, message.state, best, message.record, message.workflow, message.first
+        )
         if before is not None and message.round <= before.round:
             if message.round == before.round and replace(new, best=before.best) == before:
                 return job, before, False

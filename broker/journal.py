@@ -17,6 +17,7 @@ from typing import Any, Literal
 from ..serialization.codec import pack
 from ..serialization.errors import CodecError, StorageError
 from ..serialization.faultpoints import fault_point
+from ..serialization.jobmessages import POINTS_KIND
 from ..serialization.messages import CommitRef, DoneItem, GatherId, JobId, PayloadRef, Site
 from . import rows
 from .gathers import Task
@@ -256,12 +257,22 @@ class Journal:
         )
 
     def trim_events(self, job: JobId, keep: int) -> int:
-        """Drop all but a job's newest ``keep`` events; how many went."""
+        """Drop all but ``keep`` of a job's events, the oldest first; how many went.
+
+        Points that scripts log (`POINTS_KIND`) and all others push out only their own as long as they have less than
+        half: a script that logs much must not take the place of what says how the job went, nor the other way round.
+        """
+        kinds = ("kind = ?", "kind != ?")
         with self._transaction():
-            return self._db.execute(
-                "DELETE FROM events WHERE job=? AND seq <= (SELECT max(seq) FROM events WHERE job=?) - ?",
-                (job, job, keep),
-            ).rowcount
+            count = "SELECT count(*) FROM events WHERE job=? AND "
+            points, others = (self._db.execute(count + kind, (job, POINTS_KIND)).fetchone()[0] for kind in kinds)
+            over = max(0, points + others - keep)
+            of_points = min(over, max(0, points - keep // 2))
+            for kind, number in zip(kinds, (of_points, over - of_points), strict=True):
+                oldest = f"SELECT seq FROM events WHERE job=? AND {kind} ORDER BY seq LIMIT ?"  # noqa: S608
+                delete = f"DELETE FROM events WHERE job=? AND seq IN ({oldest})"  # noqa: S608
+                self._db.execute(delete, (job, job, POINTS_KIND, number))
+        return over
 
     def _rewrite_results(self, gather: GatherId, kept: Iterable[int]) -> None:
         """After a loss: keep only these of a gather's results, numbered anew from 0."""

@@ -57,7 +57,7 @@ class Settings:
     journal_bytes: int = 16 * 1024**3  # of the database; over it no new job is taken, and no event
     max_jobs: int = 10_000  # the oldest that have ended are forgotten
     max_crashes: int = 5  # of a job's process since the last commit
-    max_events: int = 50_000  # a job's; the oldest go
+    max_events: int = 50_000  # a job's; the oldest go, half of them kept for what scripts log if they log so much
     max_event_bytes: int = 32 * 1024  # of one event; a longer text is cut, larger data left out
     max_late: int = 10_000  # rounds of a job whose late results are counted
     max_held: int = 100_000  # attempts that an executor may say it holds

@@ -147,6 +147,26 @@ def test_events_are_paged_and_trimmed(tables: Callable[[], Tables]) -> None:
     assert tables().journal.event_seq == {JOB: 100}
 
 
+def test_what_scripts_log_pushes_out_its_own_kind_alone(tables: Callable[[], Tables]) -> None:
+    """And the other way round: each keeps half of the room, and all of it where the other has none."""
+
+    def left(points: list[int], others: list[int], keep: int) -> tuple[list[int], list[int], int]:
+        world = tables()
+        world.journal._db.execute("DELETE FROM events")
+        rows = [EventRow(JOB, n, 0.0, "metric" if n in points else "log", "", "", {}) for n in sorted(points + others)]
+        world.save(events=rows)
+        gone = world.journal.trim_events(JOB, keep)
+        kept = world.journal.events(JOB, 0, 1000)
+        return [e.seq for e in kept if e.kind == "metric"], [e.seq for e in kept if e.kind != "metric"], gone
+
+    odd, even = list(range(1, 41, 2)), list(range(2, 41, 2))
+    assert left(odd, even, 50) == (odd, even, 0)
+    assert left(odd, even, 10) == (odd[-5:], even[-5:], 30)
+    assert left(odd, [2, 4], 10) == (odd[-8:], [2, 4], 12), "logged points do not push out the others"
+    assert left([1, 3], even, 10) == ([1, 3], even[-8:], 12), "nor the others the points"
+    assert left(odd, [], 7) == (odd[-7:], [], 13)
+
+
 def test_job_order_survives(tables: Callable[[], Tables]) -> None:
     first = tables()
     for token in ("c", "a", "b"):
