@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import structlog
 
 from ..broker.link import Link, fault_error
 from ..serialization.digest import digest_buffers
 from ..serialization.envelope import Buffer
-from ..serialization.errors import FaultError, JobError, LinkError
+from ..serialization.errors import FaultError, GatherError, JobError, LinkError
+from ..serialization.faultpoints import fault_point
 from ..serialization.jobspec import JobSpec
 from ..serialization.messages import (
-    Ask,
     Cancel,
     Checkpoint,
     Claimed,
@@ -40,8 +41,10 @@ from ..serialization.messages import (
 )
 from ..serialization.model import FLModel
 from ..serialization.payload import decode_model, encode_model
-from .gather import Gather
+from .filters import ServerFilters
+from .gather import Gather, Result
 from .inbox import Inbox
+from .questions import Questions, Spool
 
 log = structlog.get_logger(__name__)
 
@@ -61,16 +64,12 @@ class JobAborted(FaultError):
         super().__init__("aborted", reason or "the job was aborted")
 
 
-class Spool(NamedTuple):
-    """The broker's spool: its quota (0: none), what results may still take of it, and how many uploads wait."""
-
-    quota_bytes: int
-    room_bytes: int
-    waiting: int
-
-
 class Federation:
-    """The sites of a job, as its workflow sees them."""
+    """The sites of a job, as its workflow sees them.
+
+    A job's workflows run one after another, and its rounds count through all of them. A workflow sees its own: they
+    start at 0, and so do those that its sites are told.
+    """
 
     def __init__(self, link: Link, inbox: Inbox, claimed: Claimed, spec: JobSpec, app_dir: Path) -> None:
         self.job: JobId = claimed.job
@@ -81,14 +80,37 @@ class Federation:
         self.app_dir = app_dir
         self.link = link
         self._inbox = inbox
+        self.filters = ServerFilters(self, spec)
+        self._questions = Questions(link, self.job, GIVE_UP_S)
         sites = claimed.meta.get("sites") or spec.sites or ()
         self._sites: tuple[str, ...] = tuple(sites)
+        #: which of the job's workflows runs, and the number in the job of its first round
+        self.workflow = 0
+        self.first_round = 0
+        self._last_opened = -1
         self._gathers: list[Gather] = []
         #: called where a wait for the broker's next word becomes long, less and less often
         self.on_quiet: Callable[[], None] | None = None
         #: payloads that the broker keeps at least until the next commit, so that none is sent twice
         self._kept: dict[PayloadId, PayloadRef] = {}
         self._keep(claimed.commit)
+
+    def enter(self, workflow: int) -> bool:
+        """Go on with the job's workflow of this number; False where a later one has committed: this one is over."""
+        last = self.commit_ref
+        if last is not None and workflow < last.workflow:
+            return False
+        self.workflow = workflow
+        if last is not None and workflow == last.workflow:
+            self.first_round = last.first
+        else:  # behind all that was committed, and that a workflow without commits has opened
+            self.first_round = max(self._last_opened, -1 if last is None else last.round) + 1
+        return True
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What else the server's config file holds: settings for the job's own code."""
+        return dict(self.spec.server_extra)
 
     @property
     def site_count(self) -> int:
@@ -97,18 +119,25 @@ class Federation:
 
     def spool(self) -> Spool:
         """How full the broker's spool is."""
-        answer, _ = self.link.request(Ask(self.link.next_ref(), "spool"))
-        told: dict[str, Any] = getattr(answer, "data", {})
-        quota = int(told["quota_bytes"])
-        taken = int(told["used_bytes"]) + int(told["coming_bytes"]) + int(told["reserved_bytes"])
-        return Spool(quota, max(0, quota - taken), int(told.get("waiting", 0)))
+        return self._questions.spool()
 
     # ------------------------------------------------------------ models and rounds
 
+    @property
+    def next_round(self) -> int:
+        """The number of this workflow's first round that is not committed."""
+        own = self._own_commit
+        return 0 if own is None else own.round + 1 - self.first_round
+
     def rounds(self, num_rounds: int) -> Iterator[int]:
         """The numbers of the rounds still to do: it starts at the first one that is not committed."""
-        first = self.commit_ref.round + 1 if self.commit_ref else 0
-        yield from range(first, num_rounds)
+        yield from range(self.next_round, num_rounds)
+
+    @property
+    def _own_commit(self) -> CommitRef | None:
+        """The last commit, if this workflow has made it."""
+        last = self.commit_ref
+        return last if last is not None and last.workflow == self.workflow else None
 
     def model(self, initial: str | None = None) -> FLModel:
         """The last committed global model, or before the first commit the job's initial one.
@@ -171,10 +200,48 @@ class Federation:
         return self.link.fetch(ref)
 
     def state(self) -> FLModel | None:
-        """What the last commit's ``state`` was."""
-        if self.commit_ref is None or self.commit_ref.state is None:
+        """What the ``state`` of this workflow's last commit was; None before the first."""
+        own = self._own_commit
+        if own is None or own.state is None:
             return None
-        return decode_model(self.link.fetch(self.commit_ref.state), framework="numpy")
+        return decode_model(self.link.fetch(own.state), framework="numpy")
+
+    def hand_on(self, result: Result) -> PayloadRef:
+        """A site's result as what other sites get: its payload as it lies in the spool, until this round's commit."""
+        if result.payload is not None:
+            return result.payload
+        digest = digest_buffers([result.inline])
+        return self._put(PayloadRef(PayloadId(f"b3-{digest}"), len(result.inline), digest), [result.inline])
+
+    # ------------------------------------------------------------ sites
+
+    def sites(self, at_least: int = 1, wait_s: float = 60.0) -> tuple[str, ...]:
+        """The sites that take part: those that the job names, else all that are connected or had tasks of it.
+
+        Another process may see others: commit what has to stay the same.
+
+        Args:
+            at_least: wait until so many are connected.
+            wait_s: but no longer than this.
+
+        Raises:
+            GatherError: too few are.
+        """
+        if self._sites:
+            return self._sites
+        deadline = time.monotonic() + wait_s
+        pause_s = QUIET_S[0]
+        while True:
+            live = self._questions.live_sites()
+            if len(live) >= at_least:
+                return tuple(dict.fromkeys([*live, *self._questions.job_sites()]))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise GatherError(f"{len(live)} of {at_least} sites connected within {wait_s:g} s")
+            got = self._inbox.get(min(pause_s, left))
+            if got is not None:
+                self._dispatch(*got)
+            pause_s = min(QUIET_S[1], 2 * pause_s)
 
     # ------------------------------------------------------------ gathers
 
@@ -208,18 +275,21 @@ class Federation:
         Raises:
             NondeterministicError: this key was opened before with another specification.
         """
+        number = self.first_round + round
+        self._last_opened = max(self._last_opened, number)
+        sent = self.filters.outgoing(model, task=name, round=round, step=step)
         opening = OpenGather(
             ref=0,
             job=self.job,
             claim=self.claim,
-            round=round,
+            round=number,
             step=step,
             name=name,
             rule=rule or CloseRule(),
-            payload=self.put_model(model) if isinstance(model, FLModel) else model,
+            payload=self.put_model(sent) if isinstance(sent, FLModel) else sent,
             fold=fold,
-            config=config or {},
-            partials=partials,
+            config=(config or {}) | ({"first_round": self.first_round} if self.first_round else {}),
+            partials=partials and not self.filters.on_results(name),
             sample=sample,
             seed=self.seed,
         )
@@ -247,7 +317,7 @@ class Federation:
 
     def commit(
         self,
-        model: FLModel,
+        model: FLModel | PayloadRef,
         *,
         round: int,
         record: dict[str, Any] | None = None,
@@ -257,6 +327,7 @@ class Federation:
         """Make a round durable: model, state, record and round number become visible together.
 
         Args:
+            model: the global model, or what `put_model` gave for it.
             best: the model that is the best so far, if that changed with this round.
 
         Raises:
@@ -264,24 +335,49 @@ class Federation:
         """
         best_ref = self.put_model(best) if isinstance(best, FLModel) else best
         state_ref = None if state is None else self.put_model(state)
-        model_ref = self.put_model(model)
+        model_ref = self.put_model(model) if isinstance(model, FLModel) else model
+        self._commit(round, model_ref, state_ref, best_ref, record or {})
+        return model_ref
+
+    def commit_state(self, *, round: int, record: dict[str, Any], state: FLModel | None = None) -> None:
+        """Make a round durable that leaves the global model, if there is one, as it is.
+
+        Raises:
+            FencedError: another controller has the job.
+        """
+        model_ref = self.commit_ref.model if self.commit_ref else None
+        self._commit(round, model_ref, None if state is None else self.put_model(state), None, record)
+
+    def _commit(
+        self,
+        round: int,
+        model: PayloadRef | None,
+        state: PayloadRef | None,
+        best: PayloadRef | None,
+        record: dict[str, Any],
+    ) -> None:
+        number = self.first_round + round
+        if self.workflow:  # the record's line stands among those of the whole job
+            record = {**record, "round": number, "workflow": self.workflow}
         commit = Commit(
             ref=self.link.next_ref(),
             job=self.job,
             claim=self.claim,
-            round=round,
-            model=model_ref,
-            state=state_ref,
-            best=best_ref is not None,
-            best_model=best_ref,
-            record=record or {},
+            round=number,
+            model=model,
+            state=state,
+            best=best is not None,
+            best_model=best,
+            record=record,
+            workflow=self.workflow,
+            first=self.first_round,
         )
+        fault_point("job.before_commit")
         self._request(commit)
-        kept_best = best_ref or (self.commit_ref.best if self.commit_ref else None)
-        self.commit_ref = CommitRef(round, model_ref, state_ref, kept_best, record or {})
+        kept_best = best or (self.commit_ref.best if self.commit_ref else None)
+        self.commit_ref = CommitRef(number, model, state, kept_best, record, self.workflow, self.first_round)
         self._keep(self.commit_ref)
-        log.info("round_committed", job=self.job, round=round)
-        return model_ref
+        log.info("round_committed", job=self.job, round=number)
 
     def event(self, kind: str, text: str = "", *, site: str = "", **data: Any) -> None:
         """Keep something about the job, for whoever asks for its events."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,15 @@ class Folding:
         record: RoundRecord,
         *,
         checkpoint_bytes: int | None = None,
+        collected: Sequence[Result] | None = None,
     ) -> None:
+        """``collected``: what a gather that is closed has brought, in any order, of what is to be folded."""
         self.aggregate = aggregate
         self.refused: list[Failure] = []
         self._fed = fed
         self._gather = gather
         self._record = record
+        self._collected = collected
         self._results: list[Result] = []
         self._bad: list[Result] = []  # what partials brought that could not be added
         self._redone: list[Result] = []  # and their sites' results, singly
@@ -96,10 +99,11 @@ class Folding:
             raise GatherError(
                 f"round {self._gather.opening.round}: {self.aggregate.count} good results of {wanted}{first}"
             )
+        check_mandatory(self._fed, self._gather, self._results)
         return self._rescaled()
 
     def _fold_all(self) -> None:
-        for result in self._gather:
+        for result in self._gather if self._collected is None else self._collected:
             if not result.follows:
                 self._maybe_checkpoint()
             self._results.append(result)
@@ -188,6 +192,7 @@ class Folding:
         return True
 
     def _add_single(self, fold: Aggregate, result: Result) -> None:
+        result = self._fed.filters.incoming(self._gather, result)
         ref = result.payload
         if ref is None:
             fold.add(result.inline or None, site=result.site, meta=result.meta)
@@ -227,6 +232,8 @@ class Folding:
 
     def _maybe_checkpoint(self) -> None:
         """The aggregate as a payload, when much has come since the last; then what it holds may go from the spool."""
+        if self._collected is not None:
+            return  # a checkpoint stands for the first results by their numbers, and these come in another order
         if self._since_checkpoint > self._checkpoint_bytes and not self._bad:  # a replay must find the bad ones again
             self._checkpoint()
 
@@ -265,6 +272,26 @@ class Folding:
                     singly.append(result)
             self.aggregate = fold
         raise FoldError(f"round {self._gather.opening.round}: no scale was good after {_MAX_REFOLDS} folds")
+
+
+def check_mandatory(fed: Federation, gather: Gather, results: Sequence[Result]) -> None:
+    """The sites that the job cannot do without have their results in; of a sample, those that were drawn.
+
+    Raises:
+        GatherError: one has not.
+    """
+    wanted = fed.spec.mandatory_clients
+    if not wanted:
+        return
+    failed = {str(failure.site): failure for failure in gather.failures}
+    folded = {str(item.site) for result in results for item in result.items} - failed.keys()
+    drawn = bool(gather.opening.sample)
+    for site in wanted:
+        if site in folded or (drawn and site not in failed):
+            continue
+        failure = failed.get(site)
+        why = f": {failure.code}\n{failure.text}" if failure is not None else ": it was not asked, or did not answer"
+        raise GatherError(f"round {gather.opening.round}: mandatory client {site!r} gave no result{why}")
 
 
 class _Intake:

@@ -27,6 +27,7 @@ from ..serialization.jobspec import JobSpec
 from ..serialization.messages import Claimed, ClaimJob, EndJob, Hello, JobId
 from ..serialization.processes import die_with_parent, setup_logging
 from .federation import GIVE_UP_S, Federation, Inbox, JobAborted
+from .filters import filled
 from .workflow import Workflow
 
 log = structlog.get_logger(__name__)
@@ -90,7 +91,9 @@ def _run(link: Link, inbox: Inbox, claimed: Claimed, work: Path) -> tuple[Status
     """The job's end: status and reason. Errors of the wire go to the caller, the job's own end the job."""
     try:
         fed = _prepare(link, inbox, claimed, work)
-        for component in fed.spec.workflows:
+        for number, component in enumerate(fed.spec.workflows):
+            if not fed.enter(number):
+                continue
             workflow = component.build()
             if not isinstance(workflow, Workflow):
                 raise JobError(f"workflow {component.path} is a {type(workflow).__name__}, not a fedloom Workflow")
@@ -122,7 +125,8 @@ def _prepare(link: Link, inbox: Inbox, claimed: Claimed, work: Path) -> Federati
     custom = spec.custom_dir(work / "job")
     if custom.is_dir():
         sys.path.insert(0, str(custom))
-    return Federation(link, inbox, claimed, spec, spec.app_dir(work / "job"))
+    app_dir = spec.app_dir(work / "job")
+    return Federation(link, inbox, claimed, filled(spec, claimed.job, app_dir), app_dir)
 
 
 def main(request: dict[str, Any] | None = None) -> None:

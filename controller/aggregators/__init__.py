@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Aggregate, Aggregator
+from .custom import ModelAggregator
 from .mean import MeanAggregate, WeightedMean
 
-__all__ = ["Aggregate", "Aggregator", "MeanAggregate", "WeightedMean"]
+__all__ = ["Aggregate", "Aggregator", "MeanAggregate", "ModelAggregator", "WeightedMean"]

@@ -45,7 +45,7 @@ class WeightedMean:
         weight_key: str = WEIGHT_KEY,
     ) -> None:
         self._aggregation_weights = dict(aggregation_weights or {})
-        self._exclude = exclude_vars or ""
+        self._exclude_vars = exclude_vars
         self._exact = exact
         self._weight_key = weight_key
         self._said_equal = False
@@ -73,11 +73,11 @@ class WeightedMean:
                 _flat(base),
                 tasks=tasks,
                 aggregation_weights=self._aggregation_weights,
-                exclude=self._exclude,
+                exclude=self._exclude_vars,
                 weight_key=self._weight_key,
                 exact=self._exact,
             )
-        mine = (self._aggregation_weights, self._exclude, self._weight_key, self._exact)
+        mine = (self._aggregation_weights, self._exclude_vars or "", self._weight_key, self._exact)
         if (dict(previous.aggregation_weights), previous.exclude, previous.weight_key, previous.exact) != mine:
             raise FoldError(
                 "the round before was planned with other options of the aggregator; a job keeps its options"

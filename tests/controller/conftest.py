@@ -133,6 +133,7 @@ class Farm:
         else:
             self.executors = [self.world.executor(name) for name in self.names]
         self.train: Train = steady
+        self.assign: Any = None  # that of the task in hand
         self.singly = False  # results as payloads of their own, not in the message
         self.partial: FoldPlan | None = None  # the pool folds by this plan
         self.order = 1  # -1: the last site answers first
@@ -181,7 +182,10 @@ class Farm:
         items: list[tuple[DoneItem, bytes]] = []
         tasks = broker_tools.work(executor)
         for assign, ref, site in tasks[:: self.order]:
-            received = decode_model(self.world.core.state.spool.read(assign.payload.id, 1 << 20), framework="numpy")
+            self.assign = assign
+            received = FLModel()
+            if assign.payload is not None:
+                received = decode_model(self.world.core.state.spool.read(assign.payload.id, 1 << 20), framework="numpy")
             self.calls.append((site, assign.round))
             result = self.train(site, assign.round, received)
             if isinstance(result, Exception):
