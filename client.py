@@ -10,13 +10,15 @@
         params, steps = train(model.params)
         flare.send(flare.FLModel(params=params, meta={"NUM_STEPS_CURRENT_ROUND": steps}))
 
-Importing this imports numpy and no training framework.
+Importing this imports numpy and no training framework. Below it are ``fedloom.client.tracking`` (the writers, which are
+here as well), and patches for trainers: ``fedloom.client.lightning`` and ``fedloom.client.hf``.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .executor.client_api import (
-    ClientError,
     clear,
     get_config,
     get_job_id,
@@ -34,13 +36,23 @@ from .executor.client_api import (
     state,
     system_info,
 )
+from .executor.client_context import ClientError
+from .executor.decorators import evaluate, train
+from .executor.tracking import MLflowWriter, SummaryWriter, WandBWriter
 from .serialization.model import FLModel, ParamsType
+
+#: Where modules below this one are found: it is a single file, as the other two at the root are.
+__path__ = [str(Path(__file__).resolve().parent / "executor" / "flare")]
 
 __all__ = [
     "ClientError",
     "FLModel",
+    "MLflowWriter",
     "ParamsType",
+    "SummaryWriter",
+    "WandBWriter",
     "clear",
+    "evaluate",
     "get_config",
     "get_job_id",
     "get_site_name",
@@ -56,4 +68,5 @@ __all__ = [
     "shutdown",
     "state",
     "system_info",
+    "train",
 ]

@@ -6,6 +6,7 @@ functions embedded in this process), a result, the outbox or a batch to fold, Do
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import secrets
 import threading
@@ -93,6 +94,7 @@ class Agent:
         self._collector: Collector | None = None
         self._preparer: Preparer | None = None
         self._asking = False
+        self._closing = False  # hosts are ended: of what comes in, their last words count
         self._thread = threading.Thread(target=self._main, name="fedloom-agent", daemon=True)
 
     # ------------------------------------------------------------ any thread
@@ -201,7 +203,8 @@ class Agent:
             log.exception("agent_crashed")
             self.fatal = FaultError("internal", f"the agent failed: {error!r}")
         finally:
-            self._parts[1].close(self._stop_grace_s)
+            self._closing = True
+            self._parts[1].close(self._stop_grace_s, self._drain)
             if self._lock is not None and self.fatal is None:
                 self._lock.goodbye()
             self._close()
@@ -245,6 +248,10 @@ class Agent:
         elif more < 0:
             self._told_free = free
 
+    def _drain(self, timeout_s: float) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._guarded(self._calls.get(timeout=timeout_s))
+
     def _guarded(self, call: Callable[[], None]) -> None:
         try:
             call()
@@ -254,7 +261,9 @@ class Agent:
     # ------------------------------------------------------------ the broker's messages
 
     def _on_message(self, message: Message, tail: bytes) -> None:
-        _, _, collector = self._parts
+        desk, _, collector = self._parts
+        if self._closing:
+            return
         match message:
             case Assign():
                 self._assign(message, tail)
@@ -264,6 +273,7 @@ class Agent:
                 self._cancel(message)
             case Welcome():
                 collector.delivery.repeat()
+                desk.points.again()
                 self._ask_after_jobs()
             case Fault() if message.fatal:
                 self.fatal = FaultError(message.code, message.text)

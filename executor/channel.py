@@ -35,6 +35,9 @@ Map = dict[str, Any]
 ENV_CHANNEL = "FEDLOOM_CHANNEL"
 ENV_TOKEN = "FEDLOOM_TOKEN"  # noqa: S105 - the variable's name
 ENV_HOST = "FEDLOOM_HOST"
+#: For the processes of an external command that do not connect, such as the other ranks of a training.
+ENV_SITE = "FEDLOOM_SITE"
+ENV_JOB = "FEDLOOM_JOB"
 
 MAX_FRAME_BYTES = 1024 * 1024
 #: What one slow host may leave unread before the agent gives it up.

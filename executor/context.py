@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, cast
 
+from ..serialization.jobmessages import POINTS_KIND
 from ..serialization.model import FLModel
+from .points import make_point
 from .state import SiteState
 
 Report = Callable[[str, dict[str, Any]], None]
@@ -52,14 +54,17 @@ class TaskContext:
         """Called by the executor."""
         self._cancel.set()
 
-    def log(self, key: str, value: Any, step: int | None = None) -> None:
-        """Record a metric of this site, kept with the job."""
-        if hasattr(value, "item") and callable(value.item):
-            value = value.item()
-        data: dict[str, Any] = {"key": key, "value": value, "type": "SCALAR", "round": self.round}
-        if step is not None:
-            data["global_step"] = step
-        self.report("event", {"kind": "metric", "data": data})
+    def log(self, key: str, value: Any, step: int | None = None, data_type: str = "SCALAR") -> None:
+        """Keep a value of this site with the job; see `fedloom.client.log`.
+
+        Args:
+            step: the point's place on its curve; counted for each key where it is left out.
+
+        Raises:
+            CodecError: not plain data, or over 16 KiB.
+        """
+        point = make_point(key, value, data_type, self.round, {} if step is None else {"global_step": step})
+        self.report("event", {"kind": POINTS_KIND, "data": {"points": [point]}})
 
     def progress(self, done: float, note: str = "") -> None:
         """Tell how much of the task is done, from 0 to 1."""

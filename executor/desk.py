@@ -14,14 +14,16 @@ from typing import Any, cast
 import structlog
 
 from ..serialization.codec import encode_fields, pack
+from ..serialization.jobmessages import POINTS_KIND
 from ..serialization.messages import Event, Fail, JobId, Site, TaskRef
 from .cache import PayloadCache
 from .channel import Map
-from .client_api import tail_text
+from .client_context import tail_text
 from .config import AgentConfig
 from .deliver import LinkLike
 from .jobs import JobFolders
 from .outbox import Outbox
+from .pointflow import PointFlows
 from .runs import Key, Run, Work
 from .slots import Slot, Slots
 from .state import StateStore, version_name
@@ -47,6 +49,7 @@ class Desk:
         self.runs: dict[Key, Run] = {}
         self._attempts: dict[str, list[Run]] = {}  # by task
         self.ended_jobs: dict[str, None] = {}
+        self.points = PointFlows(lambda job, site, data: self._tell(job, site, POINTS_KIND, data))
         self.digest = True  # whether results carry one
         self._link: LinkLike | None = None
         self._held_lock = threading.Lock()
@@ -172,7 +175,15 @@ class Desk:
         """Pass on what user code wants kept about the job."""
         told: Any = message.get("data")
         data = cast("dict[str, Any]", told) if isinstance(told, dict) else {}
-        event = Event(JobId(job), str(message.get("kind", "metric"))[:64], Site(site), data)
+        kind = str(message.get("kind", POINTS_KIND))[:64]
+        points: Any = data.get("points")
+        if kind == POINTS_KIND and isinstance(points, list):
+            self.points.add(job, site, [point for point in cast("list[Any]", points) if isinstance(point, dict)])
+        else:
+            self._tell(job, site, kind, data)
+
+    def _tell(self, job: str, site: str, kind: str, data: Map) -> None:
+        event = Event(JobId(job), kind, Site(site), data)
         if len(pack(encode_fields(event))) > _MAX_EVENT_BYTES:
             log.warning("event_too_large", job=job, site=site, allowed_bytes=_MAX_EVENT_BYTES)
             return

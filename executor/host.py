@@ -22,11 +22,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..serialization.errors import FedloomError, LinkError, TaskError
+from ..serialization.jobmessages import POINTS_KIND
 from ..serialization.processes import die_with_parent
 from .channel import ENV_HOST, Channel, Map
-from .client_api import ClientContext, install, tail_text
+from .client_api import install
+from .client_context import ClientContext, tail_text
 from .context import Report, TaskContext, TaskFunction, call_function, user_traceback
 from .lifeline import ENV_LIFELINE, tie_group
+from .points import PointSender
 from .seeding import seed_all
 from .taskio import TaskSpec, input_model, write_result
 
@@ -99,6 +102,7 @@ def run_script(channel: Channel, start: Map) -> int:
             "no_result",
         )
     _flush()
+    context.end()
     with contextlib.suppress(LinkError):
         channel.send({"op": "exited", "code": 0})
     return 0
@@ -132,6 +136,9 @@ class _Functions:
         self.inbox: queue.Queue[Map] = queue.Queue()
         self.running: TaskContext | None = None
         self.key = ("", 0)
+        self.points = PointSender(
+            lambda points: self._report("event", {"kind": POINTS_KIND, "data": {"points": points}})
+        )
         threading.Thread(target=self._read, name="fedloom-host", daemon=True).start()
 
     def _read(self) -> None:
@@ -164,11 +171,23 @@ class _Functions:
             write_to(spec.log_path)
         self.key = (spec.task, spec.attempt)
         seed_all(spec.seed, spec.threads)
-        self.channel.send(run_task(function, spec, self._report, self._running))
+        answer = run_task(function, spec, self._say, self._running)
+        self.points.flush()  # what was logged for a result is there before it
+        self.channel.send(answer)
         self.running = None
 
     def _running(self, context: TaskContext) -> None:
         self.running = context
+
+    def _say(self, op: str, data: dict[str, Any]) -> None:
+        points = data.get("data", {}).get("points") if data.get("kind") == POINTS_KIND else None
+        if points is None:
+            self._report(op, data)
+        for point in points or ():
+            self.points.add(point)
+
+    def _send_points(self, points: list[Map]) -> None:
+        self._report("event", {"kind": POINTS_KIND, "data": {"points": points}})
 
     def _report(self, op: str, data: dict[str, Any]) -> None:
         self.channel.send({"op": op, "task": self.key[0], "attempt": self.key[1], **data})
@@ -184,7 +203,7 @@ def run_task(
     """Call a function for a task; the channel message that tells how it went."""
     started = time.monotonic()
     context = TaskContext(
-        spec.site, spec.job, spec.name, spec.round, spec.total_rounds, spec.seed, spec.config, spec.state(), report
+        spec.site, spec.job, spec.name, spec.round, spec.total_rounds, spec.seed, spec.full_config, spec.state(), report
     )
     running(context)
     failed: Map = {"op": "failed", "task": spec.task, "attempt": spec.attempt}

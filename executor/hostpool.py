@@ -6,7 +6,7 @@ Everything here runs in the agent's thread. What happens to a host is told throu
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -104,6 +104,7 @@ class HostPool:
         self._spawner = spawner
         self._events = events
         self._by_key: dict[str, Host] = {}
+        self._closing = False
         self._by_id: dict[str, Host] = {}
         self._serial = 0
         self._look_at = 0.0
@@ -200,6 +201,8 @@ class HostPool:
         if host is None:
             self._channel.disconnect(connection)
             return
+        if self._closing and message is not None and message["op"] != "event":
+            return  # its answer comes too late: the attempt is another's
         if message is None:
             if host.connections.get(role) == connection:
                 del host.connections[role]
@@ -299,8 +302,12 @@ class HostPool:
         unheard = host.plan.client is not None and not host.heard and 0 < code < 128
         return describe_exit(code), not (host.left or unheard)
 
-    def close(self, grace_s: float) -> None:
-        """End all hosts: by themselves within the grace, or killed."""
+    def close(self, grace_s: float, drain: Callable[[float], None] | None = None) -> None:
+        """End all hosts: by themselves within the grace, or killed.
+
+        Args:
+            drain: lets the channel's messages come in for so many seconds: what ended hosts said last.
+        """
         deadline = time.monotonic() + grace_s
         for host in self.hosts():
             self.stop(host, grace_s)
@@ -311,5 +318,9 @@ class HostPool:
         for host in self.hosts():
             if host.process.wait(max(0.0, deadline - time.monotonic())) is None:
                 log.error("host_does_not_die", host=host.id, pid=host.process.pid)
+        self._closing = True
+        deadline = time.monotonic() + _LAST_WORDS_S
+        while drain is not None and any(host.connections for host in self.hosts()) and time.monotonic() < deadline:
+            drain(0.05)
         self._by_id.clear()
         self._by_key.clear()

@@ -24,18 +24,17 @@ class JobFolder:
     spec: JobSpec
     folder: Path
 
-    @property
-    def custom(self) -> Path:
-        """The job's own modules."""
-        return self.spec.custom_dir(self.folder)
+    def custom(self, site: str) -> Path:
+        """The job's own modules for this site."""
+        return self.spec.custom_dir(self.folder, site)
 
-    def script(self, name: str) -> Path:
-        """A script of the job, or an absolute path that the site has.
+    def script(self, name: str, site: str) -> Path:
+        """A script of the job for this site, or an absolute path that the site has.
 
         Raises:
             JobError: it is not there.
         """
-        path = Path(name) if Path(name).is_absolute() else self.custom / name
+        path = Path(name) if Path(name).is_absolute() else self.custom(site) / name
         if not path.is_file():
             raise JobError(f"the script {name!r} is not at {path}: put it beside the job, or name a file the site has")
         return path

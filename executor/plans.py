@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..serialization.errors import JobError
-from .channel import Map
+from ..serialization.filters import BUILT_IN
+from ..serialization.jobspec import Point
+from ..serialization.jobvars import substitute
+from .channel import ENV_JOB, ENV_SITE, Map
 from .hostpool import HostPlan
 from .hosts import HostRequest
 from .jobs import JobFolders
@@ -28,18 +31,20 @@ def task_spec(
 ) -> TaskSpec:
     """An attempt as its host is told of it.
 
-    The total number of rounds is the Assign's ``config["total_rounds"]``, else the job's own.
+    The total number of rounds is the Assign's ``config["total_rounds"]``, else the job's own. Rounds count from
+    ``config["first_round"]``: a job's second workflow starts at 0 like its first.
     """
     assign, item, work = run.work.assign, run.item, run.work
-    settings, job = work.settings, work.job
+    settings, job = run.settings, work.job
     total: Any = assign.config.get("total_rounds", job.spec.num_rounds if job is not None else None)
+    first: Any = assign.config.get("first_round", 0)
     serves_any = isinstance(settings, FunctionExecutor) and work.function is None
     return TaskSpec(
         task=item.task,
         attempt=item.attempt,
         site=item.site,
         job=assign.job,
-        round=assign.round,
+        round=max(0, assign.round - first) if isinstance(first, int) else assign.round,
         step=assign.step,
         name=assign.name,
         total_rounds=total if isinstance(total, int) else None,
@@ -56,7 +61,47 @@ def task_spec(
         state_out=str(state_out),
         log_path=str(jobs.log_path(assign.job, item.site)) if serves_any else "",
         cwd=str(jobs.site_folder(assign.job, item.site)) if serves_any else "",
+        settings=_settings(run, jobs) if job is not None else {},
+        filters=_filters(run, jobs) if job is not None else {},
     )
+
+
+def _settings(run: Run, jobs: JobFolders) -> dict[str, Any]:
+    """What the job's config holds for its own code at this site."""
+    job, site = run.work.job, run.item.site
+    assert job is not None
+    found = job.spec.client_app_of(site).config_of(site)
+    return substitute(found, run_variables(run.job, site, jobs), "the client's config") if found else {}
+
+
+def _filters(run: Run, jobs: JobFolders) -> dict[str, Any]:
+    """The job's filters for this task, as its host makes them; in a program of somebody's own only fedloom's are.
+
+    Raises:
+        JobError: a filter of the job's own, for a function that is embedded in this process.
+    """
+    job, item, name = run.work.job, run.item, run.work.assign.name
+    assert job is not None
+    points: tuple[Point, ...] = ("client_input", "client_output")
+    found = {point: job.spec.filters_for(point, name, item.site) for point in points}
+    if run.work.function is not None:
+        own = [one.path for chain in found.values() for one in chain if one.path not in BUILT_IN]
+        if own:
+            raise JobError(
+                f"filter {own[0]!r} is the job's own code, which does not run within this program, beside its functions"
+                f" for {name!r}: give the site a script of the job, or filters of fedloom's ({', '.join(BUILT_IN)})"
+            )
+    variables = run_variables(run.job, item.site, jobs)
+    return {
+        point: [substitute(one.to_json(), variables, f"filter {one.path}") for one in chain]
+        for point, chain in found.items()
+        if chain
+    }
+
+
+def run_variables(job: str, site: str, jobs: JobFolders) -> dict[str, str]:
+    """What ``{SITE_NAME}`` and its like stand for in a job's configs at this site."""
+    return {"SITE_NAME": site, "JOB_ID": job, "WORKSPACE": str(jobs.site_folder(job, site))}
 
 
 def host_plan(run: Run, slot: Slot, jobs: JobFolders, env: Mapping[str, str]) -> HostPlan:
@@ -66,17 +111,18 @@ def host_plan(run: Run, slot: Slot, jobs: JobFolders, env: Mapping[str, str]) ->
         JobError: the script is not there, or its command line cannot be read.
     """
     work, item, assign = run.work, run.item, run.work.assign
-    job, settings = work.job, work.settings
+    job, settings = work.job, run.settings
     if job is None or settings is None:
         raise JobError(f"task {assign.name!r} of job {assign.job} has no code: neither a function here nor a script")
     threads = job.spec.threads_per_task
     environ: dict[str, str] = {name: str(threads) for name in _THREAD_VARIABLES}
     environ |= {**env, **dict(slot.env)}
-    script = str(job.script(settings.task_script_path))
+    custom = job.custom(item.site)
+    script = str(job.script(settings.task_script_path, item.site))
     start: Map = {
         "kind": "script",
         "script": script,
-        "custom": str(job.custom),
+        "custom": str(custom),
         "job": assign.job,
         "site": item.site,
         "threads": threads,
@@ -89,17 +135,19 @@ def host_plan(run: Run, slot: Slot, jobs: JobFolders, env: Mapping[str, str]) ->
         start["seed"] = start_seed(assign.seed, "")
         log = jobs.log_path(assign.job, f"worker-{slot.index + 1}")
         request = HostRequest(environ, str(cwd), str(log), slot.index, name=f"worker-{slot.index + 1}")
-        key = f"function/{assign.job}/{settings.task_script_path}:{settings.function}/{slot.index}"
+        key = f"function/{assign.job}/{custom.parent.name}/{settings.task_script_path}:{settings.function}/{slot.index}"
         return HostPlan(key, assign.job, "", start, request, launch_s=3600.0)
     cwd = jobs.site_folder(assign.job, item.site)
     start |= {"cwd": str(cwd), "argv": settings.argv, "once": settings.launch_once}
+    start |= {"memory_gc_rounds": settings.client_memory_gc_rounds, "cuda_empty_cache": settings.cuda_empty_cache}
     start["seed"] = start_seed(assign.seed, item.site)
     log = jobs.log_path(assign.job, item.site)
     request = HostRequest(environ, str(cwd), str(log), slot.index, name=item.site)
     client: Map | None = None
     if settings.launch_external_process:
         client = start
-        start = _command(settings, script, job.custom, str(cwd))
+        start = _command(settings, script, custom, str(cwd))
+        start["environ"] |= {ENV_SITE: str(item.site), ENV_JOB: str(assign.job)}
     key = f"script/{assign.job}/{settings.task_script_path} {settings.task_script_args}/{item.site}"
     return HostPlan(
         key,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
 from ..serialization.codec import unpack
 from ..serialization.errors import FaultError, FedloomError, JobError, LinkError
-from ..serialization.messages import Answer, Ask, Decline, JobId, PayloadRef
+from ..serialization.jobvars import substitute
+from ..serialization.messages import Answer, Ask, Assign, Decline, JobId, PayloadRef
 from .context import TaskFunction
 from .desk import Desk
+from .jobs import JobFolder
+from .plans import run_variables
 from .runs import Work
-from .script import settings_of
+from .script import Settings, settings_of
 
 log = structlog.get_logger(__name__)
 
@@ -36,12 +40,13 @@ class Preparer:
         work.function = self._functions.get(message.name) or self._functions.get("*")
         if message.archive is not None:
             work.job = desk.jobs.ensure(message.job, message.archive, lambda ref: desk.link.fetch(ref, _FETCH_S))
-            try:
-                work.settings = settings_of(work.job.spec.executor_for(message.name))
-            except JobError:
-                if work.function is None:
-                    raise
-        if work.settings is None and work.function is None:
+            for site in {item.site for item in message.items}:
+                try:
+                    work.settings[site] = self._settings(work.job, message, site)
+                except JobError as error:
+                    if work.function is None:
+                        work.refused[site] = error  # this site's alone: the others work on
+        if message.archive is None and work.function is None:
             raise JobError(
                 f"task {message.name!r} of job {message.job} has no code: no function here and no script in it"
             )
@@ -54,6 +59,17 @@ class Preparer:
             work.plan = got.read_bytes() if isinstance(got, Path) else got
             desk.cache.unpin(message.fold.id)
 
+    def _settings(self, job: JobFolder, message: Assign, site: str) -> Settings:
+        """What works on these tasks at a site.
+
+        Raises:
+            JobError: nothing does, or it is not what the job says.
+        """
+        component = job.spec.executor_for(message.name, site)
+        variables = run_variables(message.job, site, self._desk.jobs)
+        args = substitute(component.args, variables, f"executor {component.path}")
+        return settings_of(replace(component, args=args))
+
     def _fetch(self, ref: PayloadRef, dest: Path) -> Path | bytes:
         return self._desk.link.fetch(ref, _FETCH_S, dest)
 
@@ -65,6 +81,9 @@ class Preparer:
         desk.close_work(work)  # all of them may have been cancelled meanwhile
         if error is None:
             for run in runs:
+                if (refused := work.refused.get(run.item.site)) is not None:
+                    desk.fail(run, "job", f"{run.item.site}: {refused}")
+                    continue
                 run.stage = "waiting"
                 desk.slots.push(run.key, run.lane)
             return

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..serialization.errors import JobError
 from ..serialization.messages import Assign, AssignItem, TaskRef
 from .context import TaskContext, TaskFunction
 from .jobs import JobFolder
-from .script import FunctionExecutor, ScriptExecutor
+from .script import Settings
 from .taskio import TaskSpec
 
 Key = tuple[str, int]
@@ -23,7 +24,8 @@ class Work:
     assign: Assign
     tail: bytes = b""
     job: JobFolder | None = None
-    settings: ScriptExecutor | FunctionExecutor | None = None
+    settings: dict[str, Settings] = field(default_factory=dict[str, Settings])  # by site
+    refused: dict[str, JobError] = field(default_factory=dict[str, JobError])  # sites that nothing works for
     function: TaskFunction | None = None  # embedded: runs in a thread of this process
     payload: Path | bytes | None = None
     plan: bytes | None = None  # the fold's, where results may be folded here
@@ -59,6 +61,11 @@ class Run:
     def key(self) -> Key:
         """The attempt."""
         return (self.item.task, self.item.attempt)
+
+    @property
+    def settings(self) -> Settings | None:
+        """What works on it: None where only an embedded function does."""
+        return self.work.settings.get(self.item.site)
 
     @property
     def ref(self) -> TaskRef:

@@ -28,6 +28,8 @@ class ScriptExecutor:
         params_exchange_format: ``"numpy"`` or ``"pytorch"``: what `receive()` holds.
         params_transfer_type: ``"FULL"``, or ``"DIFF"``: what reaches the aggregator; the site takes the difference.
         launch_timeout: seconds within which an external script must call `flare.init()`.
+        client_memory_gc_rounds: after every so many rounds the script's process gives memory back; 0: never.
+        cuda_empty_cache: empty torch's cache of GPU memory then as well.
     """
 
     task_script_path: str
@@ -39,6 +41,8 @@ class ScriptExecutor:
     params_exchange_format: str = "numpy"
     params_transfer_type: str = "FULL"
     launch_timeout: float = 300.0
+    client_memory_gc_rounds: int = 0
+    cuda_empty_cache: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
@@ -126,6 +130,8 @@ def _check(settings: Settings) -> None:
         value = getattr(settings, item.name)
         if wanted is not None and type(value) is not wanted:
             raise JobError(f"{item.name}={value!r}; {item.type} belongs here")
+        if item.type == "int" and (type(value) is not int or value < 0):
+            raise JobError(f"{item.name}={value!r}; a whole number, 0 or more, belongs here")
         if item.type == "float" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
             raise JobError(f"{item.name}={value!r}; seconds, 0 or more, belong here")
     if not settings.task_script_path:

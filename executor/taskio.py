@@ -17,7 +17,10 @@ from ..serialization.errors import LayoutError, PayloadError, ValuesError
 from ..serialization.messages import INLINE_BYTES
 from ..serialization.model import FLModel, ParamsType, flatten
 from ..serialization.payload import decode_model, diff, encode_model
+from .filtering import filter_input, filter_output, received_params
 from .state import SiteState
+
+Framework = Literal["numpy", "pytorch"]
 
 _SCAN_ITEMS = 256 * 1024
 #: Of a result's metrics and meta, which ride in a message's body of 64 KiB.
@@ -49,6 +52,8 @@ class TaskSpec:
     state_out: str = ""  # the new version's file
     log_path: str = ""  # the site's log; "" where the process writes there already
     cwd: str = ""  # the site's folder; "" where the process is there already
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])  # of the job's own code at this site
+    filters: dict[str, Any] = field(default_factory=dict[str, Any])  # by point, as the config has them
 
     def to_map(self) -> dict[str, Any]:
         """As it travels on the channel."""
@@ -67,6 +72,11 @@ class TaskSpec:
         """A fresh view of the site's memory for this attempt."""
         return SiteState(Path(self.state_path) if self.state_path else None)
 
+    @property
+    def full_config(self) -> dict[str, Any]:
+        """What user code sees: the job's settings for this site, and before them what the workflow gave along."""
+        return self.settings | self.config
+
     def __str__(self) -> str:
         return f"task {self.name!r} of round {self.round} at {self.site}"
 
@@ -75,12 +85,19 @@ def input_model(spec: TaskSpec) -> FLModel:
     """The model that user code gets: its own to change, whatever else maps the same payload.
 
     Its rounds are the task's, since the same payload may serve several; ``config["meta"]`` joins its meta. A task
-    without a payload (such as submit_model) has ``params=None``.
+    without a payload (such as submit_model) has ``params=None``. The job's input filters have worked on it.
+
+    Raises:
+        JobError: a filter is not there. Whatever one of them raises.
     """
+    return filter_input(_decoded(spec, _framework(spec.exchange_format)), spec)
+
+
+def _decoded(spec: TaskSpec, framework: Framework) -> FLModel:
     if spec.payload_bytes is not None:
-        model = decode_model(bytearray(spec.payload_bytes), framework=_framework(spec.exchange_format))
+        model = decode_model(bytearray(spec.payload_bytes), framework=framework)
     elif spec.payload_path:
-        model = decode_model(Path(spec.payload_path), framework=_framework(spec.exchange_format))
+        model = decode_model(Path(spec.payload_path), framework=framework)
     else:
         model = FLModel()
     model.current_round = spec.round
@@ -90,7 +107,7 @@ def input_model(spec: TaskSpec) -> FLModel:
     return model
 
 
-def _framework(name: str) -> Literal["numpy", "pytorch"]:
+def _framework(name: str) -> Framework:
     return "pytorch" if name == "pytorch" else "numpy"
 
 
@@ -116,8 +133,13 @@ def write_result(result: object, spec: TaskSpec, state: SiteState | None = None)
         LayoutError: a value that is no tensor; DIFF of one that the received model does not have, or has otherwise.
     """
     model = check_result(result, spec)
-    if spec.transfer_type == "DIFF" and model.params is not None and model.params_type is ParamsType.FULL:
+    received = spec.payload_bytes is not None or bool(spec.payload_path)
+    # without a received model there is nothing to take a difference to: the round makes the first one of whole values
+    wants_diff = spec.transfer_type == "DIFF" and received and spec.config.get("answer") != "params"
+    if wants_diff and model.params is not None and model.params_type is ParamsType.FULL:
         model = _difference(model, spec)
+    if spec.filters.get("client_output"):
+        model = check_result(filter_output(model, spec), spec)
     encoded = encode_model(model)
     plain = len(pack(encoded.meta))
     if plain > MAX_META_BYTES:
@@ -140,14 +162,17 @@ def write_result(result: object, spec: TaskSpec, state: SiteState | None = None)
 def check_result(result: object, spec: TaskSpec) -> FLModel:
     """The result with the task's rounds where it names none; the caller's own object is not changed.
 
+    ``config["answer"]`` says what a workflow needs of it: "metrics", which go alone, or "params", whole values.
+
     Raises:
-        PayloadError: not an FLModel, or neither params nor metrics. LayoutError: None, or another value that is no
-            tensor. ValuesError: NaN or Inf in a tensor.
+        PayloadError: not an FLModel, neither params nor metrics, or not what the workflow needs. LayoutError: None, or
+            another value that is no tensor. ValuesError: NaN or Inf in a tensor.
     """
     if not isinstance(result, FLModel):
         raise PayloadError(f"{spec} returned {type(result).__name__}; an FLModel with params or metrics belongs here")
     if result.params is None and result.metrics is None:
         raise PayloadError(f"the result of {spec} has neither params nor metrics: fill one of them")
+    result = _wanted(result, spec)
     try:
         if result.params is not None:
             for name, value in flatten(result.params)[0].items():
@@ -167,14 +192,31 @@ def check_result(result: object, spec: TaskSpec) -> FLModel:
         raise PayloadError(f"the result of {spec}: {error}") from None
 
 
+def _wanted(result: FLModel, spec: TaskSpec) -> FLModel:
+    """What the workflow needs of a result, see `check_result`."""
+    match spec.config.get("answer"):
+        case "metrics":
+            if not result.metrics:
+                raise PayloadError(
+                    f"{spec} was answered without metrics: where flare.is_evaluate() is true, score the received model"
+                    " and send flare.FLModel(metrics={...})"
+                )
+            return replace(result, params_type=None, params=None, optimizer_params=None)
+        case "params":
+            if result.params is None or result.params_type is ParamsType.DIFF:
+                seen = "without params" if result.params is None else "with differences"
+                raise PayloadError(
+                    f"{spec} was answered {seen}: where flare.is_submit_model() is true, send the site's own model,"
+                    " flare.FLModel(params=...), whole"
+                )
+        case _:
+            pass
+    return result
+
+
 def _difference(model: FLModel, spec: TaskSpec) -> FLModel:
     """``model`` minus what was received, which is read again: user code may have changed its copy in place."""
-    if spec.payload_bytes is None and not spec.payload_path:
-        raise LayoutError(
-            f"{spec} came without a model, so there is nothing to take the difference to: send DIFF params"
-        )
-    source = Path(spec.payload_path) if spec.payload_bytes is None else bytearray(spec.payload_bytes)
-    received, _ = flatten(decode_model(source, framework="numpy").params or {})
+    received, _ = flatten(received_params(_decoded(spec, "numpy"), spec))
     names = flatten(model.params)[0]
     if strange := next((name for name in names if name not in received), None):
         raise LayoutError(

@@ -81,15 +81,16 @@ class Worker:
         self._desk.jobs.prune_logs(self._desk.config.keep_logs)
         self._desk.states.forget(job, self._desk.config.sites)
 
-    def close(self, grace_s: float) -> None:
-        """End everything that runs."""
+    def close(self, grace_s: float, drain: Callable[[float], None] | None = None) -> None:
+        """End everything that runs; ``drain`` lets what hosts said last come in."""
         for run in self._desk.runs.values():
             if run.context is not None:
                 run.context.cancel()
-        self.hosts.close(grace_s)
+        self.hosts.close(grace_s, drain)
         for job in {host_job for host_job, _ in self.logs.watched()}:
             self.logs.flush(job, time.monotonic(), closed=True)
         self.logs.turn(time.monotonic())
+        self._tell_points(time.monotonic(), everything=True)
 
     def _tell_log(self, job: str, site: str, text: str) -> bool:
         link = self._desk.link
@@ -97,6 +98,10 @@ class Worker:
             return False
         link.send(Event(JobId(job), "log", Site(site), text=text))
         return True
+
+    def _tell_points(self, now: float, everything: bool = False) -> None:
+        desk = self._desk
+        desk.points.turn(now, desk.link.state == "up", desk.points.jobs if everything else desk.ended_jobs)
 
     # ------------------------------------------------------------ a task begins
 
@@ -228,7 +233,7 @@ class Worker:
         elif host.failure is not None:
             self._desk.fail(run, *host.failure)
         elif host.left and not killed and (host.exit_code or 0) == 0:
-            name = getattr(run.work.settings, "task_script_path", "the script")
+            name = getattr(run.settings, "task_script_path", "the script")
             self._desk.fail(
                 run,
                 "no_result",
@@ -269,7 +274,7 @@ class Worker:
                 link.send(Progress(run.item.task, run.item.attempt, done, note))
                 return
             case "result" | "failed":
-                pass
+                self._desk.points.hurry(run.job)
             case op:
                 log.debug("host_op_ignored", op=op)
                 return
@@ -305,7 +310,7 @@ class Worker:
             self._desk.end(run)
         else:
             hosts.cancel(host)
-            keeps_memory = isinstance(run.work.settings, ScriptExecutor)
+            keeps_memory = isinstance(run.settings, ScriptExecutor)
             run.kill_at = float("inf") if keeps_memory else time.monotonic() + self._desk.config.cancel_grace_s
         self._desk.let_go(run.key)
 
@@ -317,12 +322,13 @@ class Worker:
 
     def next_due_s(self, now: float) -> float:
         """How long until `turn` may have something to do."""
-        return min(self.hosts.next_check_s(now), self.logs.next_due_s(now))
+        return min(self.hosts.next_check_s(now), self.logs.next_due_s(now), self._desk.points.next_due_s(now))
 
     def turn(self, now: float) -> None:
         """Everything that time brings."""
         self.hosts.tick(now)
         self.logs.turn(now)
+        self._tell_points(now)
         if now >= self._limits_at:
             self._limits_at = now + _LIMITS_S
             self._limits(now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fedloom.executor import client_api
 from fedloom.executor.agent import Agent, AgentConfig
+from fedloom.executor.channel import Channel, ChannelServer
+from fedloom.executor.client_context import ClientContext
+from fedloom.executor.taskio import TaskSpec
 from fedloom.serialization.archive import pack_folder
 from fedloom.serialization.digest import digest_buffers
 from fedloom.serialization.errors import FaultError, LinkError
@@ -268,3 +273,63 @@ def make_job(broker: FakeBroker, tmp_path: Path) -> Callable[..., PayloadRef]:
 @pytest.fixture
 def weights() -> Callable[[float], FLModel]:
     return lambda value: FLModel(params={"w": np.full((2, 3), value, np.float32), "n": np.array(7, np.int64)})
+
+
+class ClientsAgent:
+    """A few lines of an agent, for the Client API: hands out the tasks it is given, one a ``waiting``, then stops."""
+
+    def __init__(self, tmp_path):
+        self.tmp_path = tmp_path
+        self.tasks: list[TaskSpec] = []
+        self.heard: queue.Queue = queue.Queue()
+        self.server = ChannelServer(self._hear)
+        self.server.start()
+        self.hold = False
+
+    def _hear(self, connection, host, role, message):
+        if message is None:
+            return
+        if message["op"] == "waiting":
+            if self.tasks:
+                self.server.send(connection, {"op": "task", "task": self.tasks.pop(0).to_map()})
+            elif not self.hold:
+                self.server.send(connection, {"op": "stop"})
+        elif message["op"] != "hello":
+            self.heard.put(message)
+        self.connection = connection
+
+    def context(self, **settings):
+        channel = Channel.connect(self.server.environ("h"), "host")
+        return ClientContext(channel, {"site": "site-1", "job": "job-1", **settings}, on_lost=lambda: None)
+
+    def task(self, name="train", value=1.0, round=0, model=True, params=None, **fields):
+        params = params or {"w": np.full(3, value, np.float32)}
+        data = encode_model(FLModel(params=params, meta={"from": "server"})).tobytes()
+        count = len(self.tasks) + round
+        self.tasks.append(
+            TaskSpec(
+                task=f"t{count}",
+                attempt=1,
+                site="site-1",
+                job="job-1",
+                round=round,
+                step=0,
+                name=name,
+                total_rounds=5,
+                payload_bytes=data if model else None,
+                result_path=str(self.tmp_path / f"t{count}.result"),
+                state_out=str(self.tmp_path / f"t{count}.state"),
+                **fields,
+            )
+        )
+
+
+@pytest.fixture
+def agent(tmp_path):
+    agent = ClientsAgent(tmp_path)
+    yield agent
+    context, _ = client_api._context, client_api.install(None)
+    agent.server.close()
+    if context is not None:
+        context._reader.join(10)  # which closes its end
+        context.end()

@@ -2,85 +2,28 @@
 
 from __future__ import annotations
 
-import queue
+import gc
 import subprocess
 import sys
+import time
+import weakref
 
 import numpy as np
 import pytest
 from fedloom.executor import client_api as flare
-from fedloom.executor.channel import Channel, ChannelServer
-from fedloom.executor.client_api import ClientContext, ClientError
+from fedloom.executor.client_context import ClientError
 from fedloom.executor.state import load_state
-from fedloom.executor.taskio import TaskSpec
 from fedloom.serialization.errors import PayloadError, ValuesError
 from fedloom.serialization.model import FLModel
-from fedloom.serialization.payload import decode_model, encode_model
-
-
-class FakeAgent:
-    """Hands out the tasks it is given, one for each ``waiting``, then stops."""
-
-    def __init__(self, tmp_path):
-        self.tmp_path = tmp_path
-        self.tasks: list[TaskSpec] = []
-        self.heard: queue.Queue = queue.Queue()
-        self.server = ChannelServer(self._hear)
-        self.server.start()
-        self.hold = False
-
-    def _hear(self, connection, host, role, message):
-        if message is None:
-            return
-        if message["op"] == "waiting":
-            if self.tasks:
-                self.server.send(connection, {"op": "task", "task": self.tasks.pop(0).to_map()})
-            elif not self.hold:
-                self.server.send(connection, {"op": "stop"})
-        elif message["op"] != "hello":
-            self.heard.put(message)
-        self.connection = connection
-
-    def context(self, **settings):
-        channel = Channel.connect(self.server.environ("h"), "host")
-        return ClientContext(channel, {"site": "site-1", "job": "job-1", **settings}, on_lost=lambda: None)
-
-    def task(self, name="train", value=1.0, round=0, model=True, **fields):
-        data = encode_model(FLModel(params={"w": np.full(3, value, np.float32)}, meta={"from": "server"})).tobytes()
-        count = len(self.tasks) + round
-        self.tasks.append(
-            TaskSpec(
-                task=f"t{count}",
-                attempt=1,
-                site="site-1",
-                job="job-1",
-                round=round,
-                step=0,
-                name=name,
-                total_rounds=5,
-                payload_bytes=data if model else None,
-                result_path=str(self.tmp_path / f"t{count}.result"),
-                state_out=str(self.tmp_path / f"t{count}.state"),
-                **fields,
-            )
-        )
-
-
-@pytest.fixture
-def agent(tmp_path):
-    agent = FakeAgent(tmp_path)
-    yield agent
-    context, _ = flare._context, flare.install(None)
-    agent.server.close()
-    if context is not None:
-        context._reader.join(10)  # which closes its end
+from fedloom.serialization.payload import decode_model
 
 
 def test_the_loop_of_the_documents(agent):
     agent.task(value=1.0, round=0)
     agent.task(value=2.0, round=1)
-    flare.install(agent.context())
-    flare.init()
+    context = agent.context()
+    flare.install(context)
+    assert flare.init() is context is flare.init(rank=0)
     assert flare.system_info() == {"site_name": "site-1", "job_id": "job-1"}
     assert (flare.get_site_name(), flare.get_job_id()) == ("site-1", "job-1")
     rounds = []
@@ -221,11 +164,26 @@ def test_log_and_config(agent):
     flare.receive()
     flare.log("loss", np.float32(0.25), global_step=7)
     data = agent.heard.get(timeout=10)["data"]
-    assert data == {"key": "loss", "value": 0.25, "type": "SCALAR", "global_step": 7, "round": 0}
-    with pytest.raises(ClientError, match="finite"):
-        flare.log("loss", float("nan"))
+    (point,) = data["points"]
+    assert abs(point.pop("at") - time.time()) < 120
+    assert point == {"key": "loss", "value": 0.25, "type": "SCALAR", "global_step": 7, "round": 0}
+    with pytest.raises(ClientError, match=r"flare.log\('loss'\): object in a message"):
+        flare.log("loss", object())
+    with pytest.raises(ClientError, match="not one number"):
+        flare.log("loss", np.zeros(3))
+    with pytest.raises(ClientError, match="16384 are kept"):
+        flare.log("text", "x" * 20_000, "TEXT")
     config = flare.get_config()
-    assert config["TASK_EXCHANGE"]["transfer_type"] == "DIFF" and config["lr"] == 0.5 and config["TASK_NAME"] == "train"
+    assert config["lr"] == 0.5 and config["TASK_NAME"] == "train"
+    assert (config["site_name"], config["job_id"]) == ("site-1", "job-1")
+    assert config["TASK_EXCHANGE"] == {
+        "train_with_eval": False,
+        "exchange_format": "numpy",
+        "transfer_type": "DIFF",
+        "train_task_name": "train",
+        "eval_task_name": "validate",
+        "submit_model_task_name": "submit_model",
+    }
 
 
 def test_outside_a_run_it_says_so(monkeypatch):
@@ -236,9 +194,14 @@ def test_outside_a_run_it_says_so(monkeypatch):
             call()
     with pytest.raises(ClientError, match=r"not part of a fedloom run.*fedloom sim"):
         flare.init()
-    flare.init(rank="1")
-    with pytest.raises(ClientError, match="only rank 0"):
-        flare.receive()
+    assert flare.init(rank="1") is None
+    for call in (flare.receive, flare.is_running, flare.is_train, flare.get_config):
+        with pytest.raises(ClientError, match=r"rank 1: only rank 0.*broadcast"):
+            call()
+    monkeypatch.setenv("FEDLOOM_SITE", "site-7")
+    monkeypatch.setenv("FEDLOOM_JOB", "job-7")
+    assert flare.system_info() == {"site_name": "site-7", "job_id": "job-7"}
+    assert (flare.get_site_name(), flare.get_job_id()) == ("site-7", "job-7")
     monkeypatch.setattr(flare, "_passive_rank", "")
     monkeypatch.setenv("FEDLOOM_CHANNEL", "/nowhere/channel")
     monkeypatch.setenv("FEDLOOM_TOKEN", "x")
@@ -251,3 +214,47 @@ def test_importing_the_client_imports_no_framework():
     code = "import sys, fedloom.client as c; assert 'torch' not in sys.modules and c.is_running"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("exchange_format", ["numpy", "pytorch"])
+def test_bf16_comes_and_goes_as_it_is_whole_and_as_a_difference(agent, exchange_format):
+    """Scripts of both formats; 1/3 in bf16 has 8 bits, and the difference is taken in bf16 too."""
+    torch = pytest.importorskip("torch")
+    third = torch.tensor([1 / 3, 2.0, -5.0]).to(torch.bfloat16)
+    for transfer in ("FULL", "DIFF"):
+        agent.task(params={"h": third}, transfer_type=transfer, exchange_format=exchange_format)
+    flare.install(agent.context())
+    for transfer in ("FULL", "DIFF"):
+        assert flare.is_running()
+        received = flare.receive().params["h"]
+        assert type(received).__module__.split(".")[0] == {"numpy": "numpy", "pytorch": "torch"}[exchange_format]
+        assert str(received.dtype).endswith("bfloat16")
+        flare.send(FLModel(params={"h": received + received}))
+        result = agent.heard.get(timeout=10)
+        sent = decode_model(result["data"], framework="pytorch")
+        assert result["meta"]["params_type"] == transfer and sent.params["h"].dtype == torch.bfloat16
+        assert torch.equal(sent.params["h"], third + third if transfer == "FULL" else (third + third) - third)
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_memory_is_given_back_after_so_many_results(agent, rounds):
+    """A cycle that only the collector finds goes with the second result, and not with the first."""
+
+    class Cycle:
+        pass
+
+    for round in range(2):
+        agent.task(round=round)
+    flare.install(agent.context(memory_gc_rounds=rounds, cuda_empty_cache=True))
+    cycle = Cycle()
+    cycle.itself = cycle
+    alive = weakref.ref(cycle)
+    del cycle
+    gc.disable()
+    try:
+        flare.send(flare.receive())
+        assert alive() is not None
+        flare.send(flare.receive())
+        assert (alive() is None) == (rounds == 2)
+    finally:
+        gc.enable()

@@ -105,7 +105,7 @@ def test_metrics_that_no_message_could_carry_fail_the_task(broker, make_agent, w
 def test_what_a_function_raises_always_ends_its_task(broker, make_agent, weights):
     def train(model, ctx):
         if ctx.round == 0:
-            ctx.log("loss", float("nan"))
+            ctx.log("loss", object())
         raise KeyboardInterrupt  # in a thread nobody else would hear of it
 
     make_agent({"train": train})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -52,7 +53,9 @@ def test_a_function_trains_in_this_process_with_its_context(broker, make_executo
             assert item.state == f"t{round}.1"
         assert np.array_equal(broker.result(item).params["w"], np.full((2, 3), 4.0, np.float32))
         event = broker.wait(lambda m, _: isinstance(m, Event))[0]
-        assert event.data == {"key": "loss", "value": 0.5, "type": "SCALAR", "round": 0, "global_step": 3}
+        ((number, point),) = event.data["sites"]["site-1"]
+        assert number == event.data["first"] == 0 and abs(point.pop("at") - time.time()) < 120
+        assert point == {"key": "loss", "value": 0.5, "type": "SCALAR", "round": 0, "global_step": 3}
         assert broker.wait(lambda m, _: isinstance(m, Progress))[0].note == "half"
     assert not executor.running and executor.wait(1)
     assert seen[0][0].startswith("fedloom-task") and seen[0][1:5] == ("site-1", "job-1", 0, {"lr": 0.1})

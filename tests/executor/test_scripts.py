@@ -288,7 +288,8 @@ while flare.is_running():
     archive = make_job({"client.py": script}, launch_external_process=external)
     agent = make_agent()
     broker.assign(("a", "site-1"), model=weights(1.0), archive=archive)
-    broker.wait(lambda m, _: isinstance(m, Event) and m.kind == "metric" and m.data["key"] == "started")
+    event = broker.wait(lambda m, _: isinstance(m, Event) and m.kind == "metric")[0]
+    assert event.site == "site-1" and event.data["sites"]["site-1"][0][1]["key"] == "started"
     child = int((tmp_path / "work/jobs/job-1/sites/site-1/child").read_text())
     assert psutil.pid_exists(child)
     agent.stop()

@@ -1,0 +1,10 @@
+"""`import fedloom.client.hf as flare`: the Client API, and `patch` for a Hugging Face trainer."""
+
+from __future__ import annotations
+
+from fedloom.executor.flare import api
+from fedloom.executor.flare.api import *  # noqa: F403 - the whole API, under this name too
+from fedloom.executor.transformers import patch
+
+__all__ = ["patch"]
+__all__ += api.__all__
