@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    if sys.argv[1:2] == ["sim"] and any(arg.endswith(".py") or Path(arg).is_dir() for arg in sys.argv[2:]):
+    if sys.argv[1:2] == ["sim"] and _names_a_job(sys.argv[2:]):
         from .sim.preload import start_early
 
         start_early()  # a process of its own, which loads everything while this one has yet to read its options
@@ -16,6 +17,13 @@ def main() -> None:
     from .recipe.cli.main import app
 
     app(prog_name="fedloom")
+
+
+def _names_a_job(args: list[str]) -> bool:
+    """Whether a simulation is about to start, in an environment that is known already: --compat changes its path."""
+    if os.environ.get("FEDLOOM_COMPAT") or any(arg.startswith("--compat") for arg in args):
+        return False
+    return any(arg.endswith(".py") or Path(arg).is_dir() for arg in args)
 
 
 if __name__ == "__main__":

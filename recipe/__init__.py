@@ -13,19 +13,26 @@ if TYPE_CHECKING:
     from .base import Recipe
     from .client import JobClient
     from .env import Env, ProdEnv, SimEnv
+    from .evalrecipes import FedEvalRecipe, NumpyCrossSiteEvalRecipe
+    from .evaluation import add_cross_site_evaluation, add_final_global_evaluation
     from .failures import SiteFailure
     from .fedavg import FedAvgRecipe, NumpyFedAvgRecipe
+    from .filters import ExcludeVars
     from .job import Job
     from .options import ExchangeFormat, FrameworkType, TransferType
     from .run import Run
+    from .tracking import add_experiment_tracking
 
 __all__ = [
     "Env",
     "ExchangeFormat",
+    "ExcludeVars",
     "FedAvgRecipe",
+    "FedEvalRecipe",
     "FrameworkType",
     "Job",
     "JobClient",
+    "NumpyCrossSiteEvalRecipe",
     "NumpyFedAvgRecipe",
     "ProdEnv",
     "Recipe",
@@ -33,6 +40,9 @@ __all__ = [
     "SimEnv",
     "SiteFailure",
     "TransferType",
+    "add_cross_site_evaluation",
+    "add_experiment_tracking",
+    "add_final_global_evaluation",
 ]
 
 __getattr__, __dir__ = exports(
@@ -40,10 +50,13 @@ __getattr__, __dir__ = exports(
     {
         "Env": "env",
         "ExchangeFormat": "options",
+        "ExcludeVars": "filters",
         "FedAvgRecipe": "fedavg",
+        "FedEvalRecipe": "evalrecipes",
         "FrameworkType": "options",
         "Job": "job",
         "JobClient": "client",
+        "NumpyCrossSiteEvalRecipe": "evalrecipes",
         "NumpyFedAvgRecipe": "fedavg",
         "ProdEnv": "env",
         "Recipe": "base",
@@ -51,5 +64,8 @@ __getattr__, __dir__ = exports(
         "SimEnv": "env",
         "SiteFailure": "failures",
         "TransferType": "options",
+        "add_cross_site_evaluation": "evaluation",
+        "add_experiment_tracking": "tracking",
+        "add_final_global_evaluation": "evaluation",
     },
 )

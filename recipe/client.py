@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from ..serialization.envelope import Buffer
 from ..serialization.errors import CodecError, FaultError, FedloomError, JobError, LinkError, LinkTimeout
 from ..serialization.jobspec import JobSpec
 from ..serialization.messages import Answer, Ask, Hello, JobId, PayloadId, PayloadRef, SubmitJob
+from .intake import job_folder
 
 if TYPE_CHECKING:
     from ..broker.link import Link
@@ -161,7 +163,7 @@ class JobClient:
         """Submit a job folder, or an archive of one, and return the job's id.
 
         Args:
-            job: the folder, as `recipe.export` writes it.
+            job: the folder, as `recipe.export` writes it; one of NVFLARE's is converted on the way.
             token: the same token twice submits the job once.
 
         Raises:
@@ -171,14 +173,15 @@ class JobClient:
         from ..serialization.digest import digest_file
 
         job = Path(job).expanduser()
-        with tempfile.TemporaryDirectory(prefix="fedloom-submit-") as temporary:
+        with tempfile.TemporaryDirectory(prefix="fedloom-submit-") as temporary, ExitStack() as stack:
             archive = job
-            folder = _only_folder(job, Path(temporary) / "job") if job.is_file() else job
+            given = _only_folder(job, Path(temporary) / "job") if job.is_file() else job
+            folder = stack.enter_context(job_folder(given))
             spec = JobSpec.load(folder)
-            if not job.is_file():
+            if not job.is_file() or folder != given:
                 archive = Path(temporary) / "job.tar"
                 with archive.open("wb") as file:
-                    write_archive(job, file)
+                    write_archive(folder, file)
             digest = digest_file(archive)
             ref = PayloadRef(PayloadId(f"b3-{digest}"), archive.stat().st_size, digest, "blob")
             self._link.put(ref, archive)
@@ -266,15 +269,18 @@ class JobClient:
         """How full the broker is: ``spool``, ``sessions``, ``jobs``, and ``bounds`` (`docs/bounds.md`)."""
         return self._ask("broker")
 
-    def download(self, job_id: str, dest: str | Path) -> Path:
+    def download(self, job_id: str, dest: str | Path, *, export: bool = False) -> Path:
         """Write the job's result folder (see `recipe.results`).
+
+        Args:
+            export: hand what was logged to the trackers that the job names (MLflow, Weights & Biases) as well.
 
         Raises:
             JobError: ``dest`` holds something that fedloom did not make.
         """
         from .results import write_results
 
-        return write_results(self, job_id, Path(dest).expanduser())
+        return write_results(self, job_id, Path(dest).expanduser(), export=export)
 
     def fetch(self, ref: PayloadRef, dest: Path) -> Path:
         """Write a payload's bytes to a file, which appears whole.

@@ -85,13 +85,13 @@ def _arguments(thing: object, path: str, what: str) -> Iterable[tuple[str, Any]]
         if parameter.kind in _STARS:
             continue
         value = getattr(thing, parameter.name, getattr(thing, f"_{parameter.name}", _NONE))
-        if value is _NONE and parameter.default is _NONE:
+        if value is _NONE:  # one with a default too: whoever made the object may have given another
             raise JobError(
                 f"{what}: {path} keeps no attribute {parameter.name!r}, so its argument cannot be known: set"
                 f" self.{parameter.name} in __init__, or give"
                 f' {{"class_path": "{path}", "args": {{"{parameter.name}": ...}}}}'
             )
-        if value is not _NONE and not _same(value, parameter.default):
+        if not _same(value, parameter.default):
             yield parameter.name, value
 
 

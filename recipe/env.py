@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import overrides
 from .failures import SiteFailure, failures_of
+from .logs import check_level
 from .options import whole
 from .run import Run
 from .simulate import DEFAULT_WORKSPACE, SimOptions, raise_failure, show_failures, simulate
@@ -36,13 +37,14 @@ class SimEnv(Env):
         clients: their names instead.
         num_threads: how many of them run at once; default all. The results are the same whatever it is.
         gpu_config: GPUs of the workers: ``"0,1"`` one each in turn, ``"[0,1],[2,3]"`` groups.
-        log_level: what is logged to standard error while it runs.
+        log_level: what is logged to standard error while it runs: debug, info, warning, error or critical.
         workspace_root: the folder below which the job's folder is made; default ``FEDLOOM_WORKSPACE``, else
             ``./fedloom-workspace``. A folder of the job's name that fedloom made is moved to ``<name>.previous``.
         seed: instead of the job's own.
         show_progress: a live line on standard error.
         check: raise where the run fails; False returns the failed run.
         extra: further fields of `sim.launcher.SimConfig`.
+        log_config: another name for ``log_level``; concise, full, verbose and msg_only are known too.
 
     Raises:
         JobError: a value that is not allowed.
@@ -61,6 +63,7 @@ class SimEnv(Env):
         show_progress: bool = True,
         check: bool = True,
         extra: dict[str, Any] | None = None,
+        log_config: str | None = None,
     ) -> None:
         if isinstance(clients, str):
             clients = [name.strip() for name in clients.split(",") if name.strip()]
@@ -72,7 +75,7 @@ class SimEnv(Env):
             gpu_config=gpu_config,
             workspace_root=Path(workspace_root) if workspace_root else None,
             seed=None if seed is None else whole(seed, "seed"),
-            log_level=log_level or "warning",
+            log_level=check_level(log_level or log_config, "warning"),
             show_progress=show_progress,
             extra=extra or {},
         )
@@ -191,7 +194,7 @@ class BrokerBackend:
         dest = self._env.workspace_root.expanduser().resolve() / self._job_id
         with self._env.open() as client:
             client.wait(self._job_id, timeout_s)
-            return client.download(self._job_id, dest)
+            return client.download(self._job_id, dest, export=True)
 
     def metrics(self) -> list[dict[str, Any]]:
         with self._env.open() as client:

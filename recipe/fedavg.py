@@ -4,51 +4,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any
 
 from ..serialization.errors import JobError
-from .base import Recipe, torch_params
-from .components import sources
+from .base import Recipe
+from .components import component_of
+from .fedavg_options import GROUPS, FedAvgOptions, JobOptions, ModelOptions, SelectionOptions, ServerOptions
 from .job import Job
-from .options import (
-    AggregationOptions,
-    ExchangeFormat,
-    ExchangeOptions,
-    FrameworkType,
-    ScriptOptions,
-    TransferType,
-    refuse_later,
-    whole,
-)
+from .keywords import check_names, fill, signature_of
+from .models import InitialModel, Params, numpy_model, torch_model, with_checkpoint
+from .options import AggregationOptions, ExchangeFormat, ExchangeOptions, FrameworkType, ScriptOptions, one_of
+from .sitescripts import script_component
 
 if TYPE_CHECKING:
     from typing import Unpack
 
 FEDAVG = "fedloom.controller.workflows.fedavg.FedAvg"
-#: Where the documents' numpy clients find their array in ``params``.
-NUMPY_KEY = "numpy_key"
-
-
-class LaterOptions(TypedDict, total=False):
-    """Options of the documents whose defaults are accepted; other values raise a `JobError` that names them."""
-
-    initial_ckpt: Any
-    aggregator: Any
-    aggregator_data_kind: Any
-    model_persistor: Any
-    model_locator: Any
-    per_site_config: Any
-    stop_cond: Any
-    patience: Any
-    key_metric_mode: Any
-    save_filename: Any
-    best_model_filename: Any
-    server_memory_gc_rounds: Any
-    client_memory_gc_rounds: Any
-    cuda_empty_cache: Any
-    enable_tensor_disk_offload: Any
 
 
 class FedAvgRecipe(Recipe):
@@ -58,142 +31,100 @@ class FedAvgRecipe(Recipe):
     ``min_clients``, and replaces the model by their mean, weighted by the steps that each site reports in
     ``meta["NUM_STEPS_CURRENT_ROUND"]`` times its aggregation weight (McMahan et al., arXiv:1602.05629).
 
+    ``help(FedAvgRecipe)`` shows every keyword argument with its default, ``docs/guides/recipes.md`` explains each.
+    Those that most jobs need:
+
     Args:
+        framework: what clients receive: ``"pytorch"`` tensors or ``"numpy"`` arrays.
         name: the job's name.
         model: the initial global model: a module *instance*, a map of arrays or tensors by name, or
-            ``{"class_path": "module.Class", "args": {...}}``.
-        initial_model: another name for ``model``, which wins where both are given.
+            ``{"class_path": "module.Class", "args": {...}}``. None: the first round's results make it.
+        initial_ckpt: a checkpoint (.npy, .npz, .safetensors, .pt, .pth, .bin) whose values the job starts from. A
+            relative path lies beside the job script and travels with the job; an absolute one is read where the job's
+            process runs, when the job starts.
         min_clients: results that a round needs.
         num_rounds: rounds.
         train_script: the clients' script, found beside the job script; or ``"client.py:train"`` for a function of it.
             The modules beside it that it imports travel with it.
         train_args: the script's command line.
-        launch_external_process: run the script with ``command`` instead of within a process of the executor's.
-        command: what an external script is started with.
-        framework: what clients receive: ``"pytorch"`` tensors or ``"numpy"`` arrays.
-        server_expected_format: accepted; the server folds every dtype as it is.
         params_transfer_type: ``"FULL"``, or ``"DIFF"``: each site sends the difference from what it received.
-        launch_once: one script process over all rounds; False starts it for each task.
-        launch_timeout: seconds within which an external script must call `flare.init()`.
-        shutdown_timeout: seconds that a script is given to end by itself once the job is over.
-        key_metric: the metric whose largest value marks the best model.
+        key_metric: the metric that marks the best model; ``key_metric_mode="min"`` where a smaller one is better.
+        stop_cond: end early, such as ``"accuracy >= 80"``; ``patience``: after so many rounds without a better score.
         exclude_vars: a regular expression of tensors that keep their global value.
         aggregation_weights: a factor for each site; 1.0 where it is not named.
-        sample: sites drawn for each round; 0: all that are connected.
-        deadline_s: close a round after so many seconds if ``min_clients`` results are there, else fail it.
-        sites_s: seconds to wait for ``min_clients`` sites to connect, and for a lost one to return.
-        seed: what sampling and the generators of each task are drawn from.
-        threads_per_task: threads of a task's numeric libraries.
-        later: options of a later version (`LaterOptions`): only values that ask for nothing.
+        aggregator: an object with ``accept_model``, ``aggregate_model`` and ``reset_stats`` in place of the mean.
+        options: all of them, typed (`FedAvgOptions`).
 
     Raises:
-        JobError: a value that is not allowed, a file that is missing, or an option that is not built yet.
+        JobError: a value that is not allowed, or a file that is missing.
+        TypeError: an option that does not exist; the nearest one's name is in the message.
     """
 
     def __init__(
-        self,
-        *,
-        name: str = "fedavg",
-        model: Any = None,
-        initial_model: Any = None,
-        min_clients: int,
-        num_rounds: int = 2,
-        train_script: str,
-        train_args: str = "",
-        launch_external_process: bool = False,
-        command: str = "python3 -u",
-        framework: FrameworkType | str = FrameworkType.PYTORCH,
-        server_expected_format: ExchangeFormat | str = ExchangeFormat.NUMPY,
-        params_transfer_type: TransferType | str = TransferType.FULL,
-        launch_once: bool = True,
-        launch_timeout: float = 300.0,
-        shutdown_timeout: float = 0.0,
-        key_metric: str = "accuracy",
-        exclude_vars: str | None = None,
-        aggregation_weights: Mapping[str, float] | None = None,
-        sample: int = 0,
-        deadline_s: float | None = None,
-        sites_s: float = 60.0,
-        seed: int = 0,
-        threads_per_task: int = 1,
-        **later: Unpack[LaterOptions],
+        self, *, framework: FrameworkType | str = FrameworkType.PYTORCH, **options: Unpack[FedAvgOptions]
     ) -> None:
-        refuse_later(type(self).__name__, later)
-        whole(min_clients, "min_clients", 1)
-        whole(num_rounds, "num_rounds", 1)
-        self.framework = framework
-        self.script = ScriptOptions(
-            train_script,
-            train_args,
-            launch_external_process,
-            command,
-            launch_once,
-            float(launch_timeout),
-            float(shutdown_timeout),
-        )
-        self.exchange = ExchangeOptions.of(framework, server_expected_format, params_transfer_type)
-        self.aggregation = AggregationOptions(
-            aggregation_weights, exclude_vars, key_metric, sample, deadline_s, sites_s
-        )
-        if 0 < sample < min_clients:
-            raise JobError(f"sample={sample} sites a round can never give min_clients={min_clients} results")
+        given: dict[str, Any] = dict(options)
+        check_names(type(self).__name__, GROUPS, given)
+        job_options, model = fill(JobOptions, given), fill(ModelOptions, given)
+        self.framework = one_of(FrameworkType, framework, "framework")
+        self.script = script = fill(ScriptOptions, given)
+        self.exchange = exchange = fill(ExchangeOptions, given | {"framework": framework})
+        self.aggregation = fill(AggregationOptions, given)
+        self.selection = _selection(given)
+        self.server = fill(ServerOptions, given)
+        sample, needed = self.aggregation.sample, job_options.min_clients
+        if 0 < sample < needed:
+            raise JobError(f"sample={sample} sites a round can never give min_clients={needed} results")
         job = Job(
-            name,
-            min_clients=min_clients,
-            num_rounds=num_rounds,
-            seed=whole(seed, "seed"),
-            threads_per_task=threads_per_task,
+            job_options.name,
+            min_clients=needed,
+            num_rounds=job_options.num_rounds,
+            seed=job_options.seed,
+            threads_per_task=job_options.threads_per_task,
         )
         super().__init__(job)
-        chosen = initial_model if model is None else model
-        params, modules = self._initial_params(chosen)
-        place = job.add_code(self.script.script, *modules)
-        self._check_function(job.files[place])
-        args: dict[str, Any] = {
-            "num_rounds": num_rounds,
-            "min_clients": min_clients,
-            "initial_model": job.set_model(params),
-            "params_transfer_type": self.exchange.params_transfer_type.value,
-        }
-        job.add_workflow(FEDAVG, args | self.aggregation.args())
-        job.add_executor(self.script.component(place, self.exchange))
+        initial = with_checkpoint(model.initial_ckpt, *self._initial_params(model.chosen))
+        aggregator, modules = self._aggregator(exchange)
+        component = script_component(job, script, exchange, [*initial.modules, *modules])
+        job.add_workflow(FEDAVG, self._workflow(job, initial, exchange) | self.aggregation.args() | aggregator)
+        job.add_executor(component)
+        if self.server.per_site_config is not None:
+            self.set_per_site_config(self.server.per_site_config)
 
-    def _initial_params(self, model: Any) -> tuple[dict[str, Any], list[Path]]:
+    def _initial_params(self, model: Any) -> tuple[Params | None, list[Path]]:
         """The initial parameters, and the source files of the model's classes."""
-        if model is None:
-            raise JobError(
-                f"{type(self).__name__}: no model; starting from the clients' own models is not built yet:"
-                " give model=Net() or a map of arrays"
-            )
-        if isinstance(model, Mapping):
-            entry = cast("Mapping[str, Any]", model)
-            if "class_path" in entry:
-                model = _build(entry)
-            elif not entry:
-                raise JobError("model={}: a model has at least one tensor")
-            else:
-                return dict(entry), []
-        if inspect.isclass(model):
-            raise JobError(f"model={model.__name__} is a class; give an instance: model={model.__name__}()")
-        if not hasattr(model, "state_dict") or not hasattr(model, "modules"):
-            raise JobError(
-                f"model is a {type(model).__name__}; a torch.nn.Module instance or a map of arrays by name belongs here"
-            )
-        params = torch_params(model)
-        if not params:
-            raise JobError(f"model {type(model).__name__} has no parameters and no buffers: nothing to train together")
-        return params, sources({type(part).__module__ for part in model.modules()})
+        return torch_model(model)
 
-    def _check_function(self, script: Path) -> None:
-        """Look for the function that ``train_script`` names, before any site would miss it."""
-        import ast
+    def _workflow(self, job: Job, initial: InitialModel, exchange: ExchangeOptions) -> dict[str, Any]:
+        args: dict[str, Any] = {"num_rounds": job.num_rounds, "min_clients": job.min_clients}
+        if initial.params is not None:
+            args["initial_model"] = job.set_model(initial.params)
+        if initial.checkpoint:
+            args["initial_ckpt"] = initial.checkpoint
+        args["params_transfer_type"] = exchange.params_transfer_type.value
+        if self.server.server_memory_gc_rounds:
+            args["memory_gc_rounds"] = self.server.server_memory_gc_rounds
+        return args | self.selection.args()
 
-        if not self.script.function:
-            return
-        tree = ast.parse(script.read_bytes())
-        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-        if self.script.function not in names:
-            raise JobError(f"{script.name} has no function {self.script.function!r}; it has {sorted(names) or 'none'}")
+    def _aggregator(self, exchange: ExchangeOptions) -> tuple[dict[str, Any], list[Path]]:
+        """The workflow's arguments for a custom aggregator, and its source files."""
+        given = self.server.aggregator
+        if given is None:
+            return {}, []
+        component, modules = component_of(given, "aggregator")
+        made: Any = component.load() if isinstance(given, Mapping) else given
+        own = all(callable(getattr(made, name, None)) for name in ("accept_model", "aggregate_model", "reset_stats"))
+        if not own and not all(callable(getattr(made, name, None)) for name in ("plan", "start")):
+            raise JobError(
+                f"aggregator {component.path} has not all of accept_model(), aggregate_model() and reset_stats()"
+            )
+        for name in ("aggregation_weights", "exclude_vars"):
+            if getattr(self.aggregation, name):
+                raise JobError(f"{name} is an option of the weighted mean, which aggregator {component.path} replaces")
+        args: dict[str, Any] = {"aggregator": {"path": component.path, "args": component.args}}
+        if own and exchange.server_expected_format is ExchangeFormat.PYTORCH:
+            args["aggregator_format"] = "pytorch"
+        return args, modules
 
 
 class NumpyFedAvgRecipe(FedAvgRecipe):
@@ -202,93 +133,54 @@ class NumpyFedAvgRecipe(FedAvgRecipe):
     Args:
         model: the initial array: a list of numbers (float32), an array (a float array keeps its dtype, integers become
             float32), or a map of arrays by name, which keeps its names.
-
-    The other arguments are those of `FedAvgRecipe`, without ``framework``.
+        initial_ckpt: as `FedAvgRecipe`; the array of a .npy file is ``numpy_key``.
+        options: those of `FedAvgRecipe`, without ``framework``.
 
     Raises:
         JobError: as `FedAvgRecipe`.
+        TypeError: as `FedAvgRecipe`.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str = "fedavg",
-        model: Any = None,
-        initial_model: Any = None,
-        min_clients: int,
-        num_rounds: int = 2,
-        train_script: str,
-        train_args: str = "",
-        launch_external_process: bool = False,
-        command: str = "python3 -u",
-        server_expected_format: ExchangeFormat | str = ExchangeFormat.NUMPY,
-        params_transfer_type: TransferType | str = TransferType.FULL,
-        launch_once: bool = True,
-        launch_timeout: float = 300.0,
-        shutdown_timeout: float = 0.0,
-        key_metric: str = "accuracy",
-        exclude_vars: str | None = None,
-        aggregation_weights: Mapping[str, float] | None = None,
-        sample: int = 0,
-        deadline_s: float | None = None,
-        sites_s: float = 60.0,
-        seed: int = 0,
-        threads_per_task: int = 1,
-        **later: Unpack[LaterOptions],
-    ) -> None:
-        super().__init__(
-            name=name,
-            model=model,
-            initial_model=initial_model,
-            min_clients=min_clients,
-            num_rounds=num_rounds,
-            train_script=train_script,
-            train_args=train_args,
-            launch_external_process=launch_external_process,
-            command=command,
-            framework=FrameworkType.NUMPY,
-            server_expected_format=server_expected_format,
-            params_transfer_type=params_transfer_type,
-            launch_once=launch_once,
-            launch_timeout=launch_timeout,
-            shutdown_timeout=shutdown_timeout,
-            key_metric=key_metric,
-            exclude_vars=exclude_vars,
-            aggregation_weights=aggregation_weights,
-            sample=sample,
-            deadline_s=deadline_s,
-            sites_s=sites_s,
-            seed=seed,
-            threads_per_task=threads_per_task,
-            **later,
-        )
+    def __init__(self, **options: Unpack[FedAvgOptions]) -> None:
+        check_names(type(self).__name__, GROUPS, options)  # of which framework is none here
+        super().__init__(framework=FrameworkType.RAW, **options)
 
-    def _initial_params(self, model: Any) -> tuple[dict[str, Any], list[Path]]:
-        import numpy as np
+    def _initial_params(self, model: Any) -> tuple[Params | None, list[Path]]:
+        return numpy_model(model)
 
-        if isinstance(model, Mapping) and model:
-            return dict(cast("Mapping[str, Any]", model)), []
-        if not isinstance(model, list | tuple | np.ndarray | np.generic):
-            if model is None or isinstance(model, Mapping):
-                return super()._initial_params(model)
-            raise JobError(f"model is a {type(model).__name__}; a list of numbers or a numpy array belongs here")
-        try:
-            array: Any = np.asarray(cast("Any", model))
-            if array.dtype.kind in "biu" or not isinstance(model, np.ndarray | np.generic):
-                array = array.astype(np.float32)
-        except (TypeError, ValueError) as error:
-            raise JobError(f"model is not an array of numbers: {error}") from None
-        if array.dtype.kind != "f" or not array.size:
-            raise JobError(f"model is {array.size} values of {array.dtype}; numbers belong here, at least one")
-        return {NUMPY_KEY: array}, []
+    def add_cse_validator_if_needed(self) -> None:
+        """Look whether the script scores models, as a cross-site evaluation needs. Nothing is put in its place.
+
+        Raises:
+            JobError: it only trains; the message has the lines to add.
+        """
+        from .evaluation import add_cse_validator_if_needed
+
+        add_cse_validator_if_needed(self)
 
 
-def _build(entry: Mapping[str, Any]) -> Any:
-    """A model out of ``{"class_path": "module.Class", "args": {...}}``."""
-    if unknown := entry.keys() - {"class_path", "args"}:
-        raise JobError(f"model: unknown key {min(unknown)!r}; allowed are 'class_path' and 'args'")
-    module, _, name = str(entry["class_path"]).rpartition(".")
-    try:
-        return getattr(import_module(module), name)(**dict(entry.get("args") or {}))
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise JobError(f"model: class_path {entry['class_path']!r} cannot be built: {error}") from None
+def _selection(given: dict[str, Any]) -> SelectionOptions:
+    """The metrics' options; a stop condition names the key metric where nobody else does."""
+    selection = fill(SelectionOptions, given)
+    if "key_metric" in given or selection.stop_cond is None:
+        return selection
+    return replace(selection, key_metric=selection.stop_cond.split()[0])
+
+
+def _show(recipe: type[FedAvgRecipe], *own: inspect.Parameter) -> None:
+    """What help and editors show of a recipe's arguments: the groups' fields, not ``**options``."""
+    self_ = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [self_, *signature_of(GROUPS).parameters.values(), *own]
+    recipe.__init__.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+_show(NumpyFedAvgRecipe)
+_show(
+    FedAvgRecipe,
+    inspect.Parameter(
+        "framework",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=FrameworkType.PYTORCH,
+        annotation="FrameworkType | str",
+    ),
+)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..serialization.errors import JobError
-from ..serialization.jobspec import Component, ExecutorSpec, JobSpec, check_job_name
+from ..serialization.jobspec import CUSTOM_DIR, Component, ExecutorSpec, JobSpec, Point, check_job_name
 from . import code
+from .jobsides import JobSides
 
 INITIAL_MODEL = "initial_model.safetensors"
 
@@ -24,6 +25,8 @@ class Job:
         seed: what sampling and the generators of each task are drawn from.
         sites: the sites that take part; None: every connected one.
         threads_per_task: threads that a task's numeric libraries use; they change a result's last bits.
+        mandatory_clients: sites without whose results no round is good.
+        resource_spec: what sites' tasks need, such as ``{"site-1": {"num_of_gpus": 1}}``: kept with the job.
 
     Raises:
         JobError: a name or number that is not allowed.
@@ -38,6 +41,8 @@ class Job:
         seed: int = 0,
         sites: Sequence[str] | None = None,
         threads_per_task: int = 1,
+        mandatory_clients: Sequence[str] = (),
+        resource_spec: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = check_job_name(name)
         self.min_clients = min_clients
@@ -45,10 +50,13 @@ class Job:
         self.seed = seed
         self.sites = tuple(sites) if sites is not None else None
         self.threads_per_task = threads_per_task
+        self.mandatory_clients = tuple(mandatory_clients)
+        self.resource_spec = dict(resource_spec or {})
         self.workflows: list[Component] = []
         self.executors: list[ExecutorSpec] = []
         self.components: list[Component] = []
         self.files: dict[str, Path] = {}
+        self.sides = JobSides()
         self.params: Mapping[str, Any] | None = None
 
     def add_workflow(self, path: str, args: Mapping[str, Any] | None = None, *, id: str = "") -> None:
@@ -56,9 +64,12 @@ class Job:
         number = len(self.workflows)
         self.workflows.append(Component(path, dict(args or {}), id or f"controller{number or ''}"))
 
-    def add_executor(self, component: Component, tasks: Sequence[str] = ("*",)) -> None:
-        """Say what works on tasks of these names (exact, or patterns such as ``*``)."""
-        self.executors.append(ExecutorSpec(tuple(tasks), component))
+    def add_executor(self, component: Component, tasks: Sequence[str] = ("*",), sites: Sequence[str] = ()) -> None:
+        """Say what works on tasks of these names (exact, or patterns such as ``*``), at these sites or at all.
+
+        An entry that names a site goes before one for all; then an exact task name before a pattern.
+        """
+        self.executors.append(ExecutorSpec(tuple(tasks), component, tuple(sites)))
 
     def add_component(self, path: str, args: Mapping[str, Any] | None = None, *, id: str) -> None:
         """Add a component that workflows find by its id."""
@@ -76,19 +87,22 @@ class Job:
         Raises:
             JobError: it is not there, is not valid Python, or another file has its place.
         """
-        folders = code.script_folders()
-        wanted = Path(script).expanduser()
-        candidates = [wanted] if wanted.is_absolute() else [folder / wanted for folder in folders]
-        path = next((candidate.resolve() for candidate in candidates if candidate.is_file()), None)
-        if path is None:
-            where = " or ".join(str(candidate) for candidate in candidates)
-            raise JobError(f"script {str(script)!r} not found: looked for {where}")
-        found = code.local_code([path, *(one for one in more if not one.is_dir())], folders)
-        for folder in (one for one in more if one.is_dir()):
+        path = _found(script, f"script {str(script)!r}", Path.is_file).resolve()
+        self.add_sources([path, *more])
+        return path.name
+
+    def add_sources(self, sources: Sequence[Path]) -> None:
+        """Take along Python files with what they import beside them, and packages' folders.
+
+        Raises:
+            JobError: one is not there, is not valid Python, or another file has its place.
+        """
+        folders = [one for one in sources if one.is_dir()]
+        found = code.local_code([one for one in sources if not one.is_dir()], code.script_folders())
+        for folder in folders:
             found |= code.tree(folder)
         for name, file in found.items():
             code.add_file(self.files, name, file)
-        return path.name
 
     def add_file(self, path: str | Path) -> None:
         """Take along a file or a folder: it lies at the top of the job's custom folder, beside the script.
@@ -96,14 +110,44 @@ class Job:
         Raises:
             JobError: it is not there, or another file has its place.
         """
-        wanted = Path(path).expanduser()
-        candidates = [wanted] if wanted.is_absolute() else [folder / wanted for folder in code.script_folders()]
-        found = next((candidate for candidate in candidates if candidate.exists()), None)
-        if found is None:
-            where = " or ".join(str(candidate) for candidate in candidates)
-            raise JobError(f"file {str(path)!r} to take along not found: looked for {where}")
-        for name, file in code.tree(found).items():
+        for name, file in code.tree(_found(path, f"file {str(path)!r} to take along", Path.exists)).items():
             code.add_file(self.files, name, file)
+
+    def add_server_file(self, path: str | Path) -> None:
+        """The same for the server's side alone.
+
+        Raises:
+            JobError: as `add_file`.
+        """
+        self.sides.add_files(code.tree(_found(path, f"file {str(path)!r} to take along", Path.exists)), "server", None)
+
+    def add_client_file(self, path: str | Path, clients: Sequence[str] | None = None) -> None:
+        """The same for the sites' side alone: for all of them, or for these.
+
+        Raises:
+            JobError: as `add_file`.
+        """
+        self.sides.add_files(
+            code.tree(_found(path, f"file {str(path)!r} to take along", Path.exists)), "client", clients
+        )
+
+    def add_filter(
+        self,
+        point: Point,
+        component: Component,
+        tasks: Sequence[str] | None = None,
+        clients: Sequence[str] | None = None,
+    ) -> None:
+        """Add a filter on one of the four points, behind those that are there.
+
+        Args:
+            tasks: names or patterns of tasks; None: all.
+            clients: for a point at the sites, which of them; None: all.
+
+        Raises:
+            JobError: tasks or clients that are no lists of names.
+        """
+        self.sides.add_filter(point, component, tasks, clients)
 
     def set_model(self, params: Mapping[str, Any]) -> str:
         """Set the initial global model.
@@ -123,6 +167,7 @@ class Job:
         Raises:
             JobError: nothing to run, or a number that is not allowed.
         """
+        sides = self.sides
         return JobSpec(
             name=self.name,
             min_clients=self.min_clients,
@@ -133,6 +178,17 @@ class Job:
             workflows=tuple(self.workflows),
             executors=tuple(self.executors),
             components=tuple(self.components),
+            mandatory_clients=self.mandatory_clients,
+            resource_spec=self.resource_spec,
+            server_output=sides.of("server_output"),
+            server_input=sides.of("server_input"),
+            client_input=sides.of("client_input"),
+            client_output=sides.of("client_output"),
+            server_extra=dict(sides.server_config),
+            client_extra=sides.client_extra,
+            app=sides.app,
+            client_app=sides.client_app,
+            site_apps=sides.site_apps(self.executors),
         )
 
     def export(self, folder: str | Path) -> Path:
@@ -162,13 +218,28 @@ class Job:
                 raise JobError(f"the initial model cannot be written: {error}") from None
             with (spec.app_dir(folder) / INITIAL_MODEL).open("wb") as file:
                 encoded.write_to(file)
-        custom = spec.custom_dir(folder)
-        for name, path in self.files.items():
-            place = custom / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                shutil.copy(path, place)
-            except OSError as error:
-                raise JobError(f"{path} cannot be taken along: {error}") from None
+        for app, files in self.sides.files(spec, self.files).items():
+            for name, path in files.items():
+                place = folder / app / CUSTOM_DIR / name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    shutil.copy(path, place)
+                except OSError as error:
+                    raise JobError(f"{path} cannot be taken along: {error}") from None
         spec.check_files(folder)
         return folder
+
+
+def _found(path: str | Path, what: str, there: Callable[[Path], bool]) -> Path:
+    """A path as a job names it: beside the running script, or here.
+
+    Raises:
+        JobError: it is not there.
+    """
+    wanted = Path(path).expanduser()
+    candidates = [wanted] if wanted.is_absolute() else [folder / wanted for folder in code.script_folders()]
+    found = next((candidate for candidate in candidates if there(candidate)), None)
+    if found is None:
+        where = " or ".join(str(candidate) for candidate in candidates)
+        raise JobError(f"{what} not found: looked for {where}")
+    return found

@@ -7,6 +7,8 @@ import os
 from ..serialization.errors import JobError
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
+#: NVFLARE's names of how much is said.
+ALIASES = {"msg_only": "warning", "concise": "info", "full": "info", "verbose": "debug"}
 FORMATS = ("text", "json")
 LEVEL_VARIABLE = "FEDLOOM_LOG_LEVEL"
 FORMAT_VARIABLE = "FEDLOOM_LOG_FORMAT"
@@ -19,6 +21,7 @@ def check_level(level: str | None, default: str = "info") -> str:
         JobError: there is no such level.
     """
     chosen = (level or os.environ.get(LEVEL_VARIABLE) or default).lower()
+    chosen = ALIASES.get(chosen, chosen)
     if chosen not in LEVELS:
         raise JobError(f"log level {chosen!r}; allowed are {', '.join(LEVELS)}")
     return chosen

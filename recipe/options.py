@@ -6,12 +6,13 @@ import math
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ..serialization.errors import JobError
 from ..serialization.jobspec import Component, check_site_name
+from .notes import note
 
 
 class TransferType(StrEnum):
@@ -81,6 +82,17 @@ def number(value: object, what: str, *, positive: bool = False) -> float:
     return float(value)
 
 
+def boolean(value: object, what: str) -> bool:
+    """True or False.
+
+    Raises:
+        JobError: something else.
+    """
+    if not isinstance(value, bool):
+        raise JobError(f"{what}={value!r}; True or False belongs here")
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class ScriptOptions:
     """What runs on a site for each task.
@@ -93,6 +105,8 @@ class ScriptOptions:
         launch_once: one process over all rounds; False starts the script afresh for each task.
         launch_timeout: seconds within which an external script must call `flare.init()`.
         shutdown_timeout: seconds that a script is given to end by itself once the job is over.
+        client_memory_gc_rounds: after every so many rounds the script's process gives memory back; 0: never.
+        cuda_empty_cache: empty torch's cache of GPU memory then as well.
     """
 
     train_script: str
@@ -102,6 +116,8 @@ class ScriptOptions:
     launch_once: bool = True
     launch_timeout: float = 300.0
     shutdown_timeout: float = 0.0
+    client_memory_gc_rounds: int = 0
+    cuda_empty_cache: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.train_script, str) or not self.train_script.strip():  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -115,10 +131,22 @@ class ScriptOptions:
                 raise JobError("command is empty; name what starts the script, such as 'python3 -u'")
         number(self.shutdown_timeout, "shutdown_timeout")
         number(self.launch_timeout, "launch_timeout", positive=True)
-        if self.function and (self.train_args or self.launch_external_process or not self.launch_once):
+        whole(self.client_memory_gc_rounds, "client_memory_gc_rounds")
+        for flag in ("launch_external_process", "launch_once", "cuda_empty_cache"):
+            boolean(getattr(self, flag), flag)
+        if self.cuda_empty_cache and not self.client_memory_gc_rounds:
+            note("cuda_empty_cache=True does nothing alone: client_memory_gc_rounds=N says after which rounds")
+        if self.function and (
+            self.train_args
+            or self.launch_external_process
+            or not self.launch_once
+            or self.client_memory_gc_rounds
+            or self.cuda_empty_cache
+        ):
             raise JobError(
                 f"train_script={self.train_script!r} names a function, which runs in the executor's own process:"
-                " train_args, launch_external_process and launch_once=False are for scripts"
+                " train_args, launch_external_process, launch_once=False, client_memory_gc_rounds and cuda_empty_cache"
+                " are for scripts"
             )
 
     @property
@@ -142,12 +170,16 @@ class ScriptOptions:
             path = "fedloom.executor.script.ScriptExecutor"
             args |= {
                 "task_script_args": self.train_args,
-                "launch_external_process": bool(self.launch_external_process),
+                "launch_external_process": self.launch_external_process,
                 "command": self.command,
-                "launch_once": bool(self.launch_once),
+                "launch_once": self.launch_once,
                 "launch_timeout": float(self.launch_timeout),
                 "shutdown_timeout": float(self.shutdown_timeout),
             }
+            if self.client_memory_gc_rounds:
+                args["client_memory_gc_rounds"] = self.client_memory_gc_rounds
+            if self.cuda_empty_cache:
+                args["cuda_empty_cache"] = True
         args["params_exchange_format"] = exchange.framework.value
         args["params_transfer_type"] = exchange.params_transfer_type.value
         return Component(path, args)
@@ -155,17 +187,28 @@ class ScriptOptions:
 
 @dataclass(frozen=True, slots=True)
 class ExchangeOptions:
-    """How models pass between the server and the training script.
+    """How models pass between the server and the training script; members of the enums, or their names.
 
     Attributes:
         framework: what `receive()` holds: ``numpy`` arrays or ``pytorch`` tensors.
-        server_expected_format: accepted; the server folds every dtype as it is, so nothing is converted.
+        server_expected_format: what a custom aggregator gets. Nothing is converted on the way: tensors travel as
+            safetensors in their own dtypes, and the weighted mean takes every dtype as it is.
         params_transfer_type: FULL or DIFF; the difference is taken on the site.
     """
 
-    framework: FrameworkType
+    framework: FrameworkType = FrameworkType.PYTORCH
     server_expected_format: ExchangeFormat = ExchangeFormat.NUMPY
     params_transfer_type: TransferType = TransferType.FULL
+
+    def __post_init__(self) -> None:
+        chosen = one_of(FrameworkType, self.framework, "framework")
+        values: dict[str, StrEnum] = {
+            "framework": FrameworkType.NUMPY if chosen is FrameworkType.RAW else chosen,
+            "server_expected_format": one_of(ExchangeFormat, self.server_expected_format, "server_expected_format"),
+            "params_transfer_type": one_of(TransferType, self.params_transfer_type, "params_transfer_type"),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @staticmethod
     def of(framework: object, server_expected_format: object, params_transfer_type: object) -> ExchangeOptions:
@@ -174,12 +217,8 @@ class ExchangeOptions:
         Raises:
             JobError: no such framework, format or type.
         """
-        chosen = one_of(FrameworkType, framework, "framework")
-        return ExchangeOptions(
-            FrameworkType.NUMPY if chosen is FrameworkType.RAW else chosen,
-            one_of(ExchangeFormat, server_expected_format, "server_expected_format"),
-            one_of(TransferType, params_transfer_type, "params_transfer_type"),
-        )
+        given: tuple[Any, Any, Any] = (framework, server_expected_format, params_transfer_type)
+        return ExchangeOptions(*given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +228,6 @@ class AggregationOptions:
     Attributes:
         aggregation_weights: a factor for each site, 1.0 where it is not named; times the steps that the site reports.
         exclude_vars: a regular expression (searched, not matched whole) of tensors that keep their global value.
-        key_metric: the metric by which the best model is chosen.
         sample: how many of the connected sites work on a round, drawn from the seed; 0: all.
         deadline_s: close a round after so many seconds if ``min_clients`` results are there, else fail it; None: never.
         sites_s: seconds to wait for ``min_clients`` sites to connect, and for a lost one to return.
@@ -197,15 +235,15 @@ class AggregationOptions:
 
     aggregation_weights: Mapping[str, float] | None = None
     exclude_vars: str | None = None
-    key_metric: str = "accuracy"
     sample: int = 0
     deadline_s: float | None = None
     sites_s: float = 60.0
-    weights: dict[str, float] = field(init=False, default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
+        if not isinstance(cast("object", self.aggregation_weights), Mapping | None):
+            raise JobError(f"aggregation_weights={self.aggregation_weights!r}; a map of sites to factors belongs here")
         for site, weight in (self.aggregation_weights or {}).items():
-            self.weights[check_site_name(site)] = number(weight, f"aggregation_weights[{site!r}]", positive=True)
+            number(weight, f"aggregation_weights[{check_site_name(site)!r}]", positive=True)
         whole(self.sample, "sample")
         number(self.sites_s, "sites_s")
         if self.deadline_s is not None:
@@ -213,14 +251,14 @@ class AggregationOptions:
         if self.exclude_vars:
             try:
                 re.compile(self.exclude_vars)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise JobError(f"exclude_vars={self.exclude_vars!r} is not a regular expression: {error}") from None
 
     def args(self) -> dict[str, Any]:
-        """The workflow's arguments that differ from its defaults, and the key metric."""
-        args: dict[str, Any] = {"key_metric": self.key_metric}
-        if self.weights:
-            args["aggregation_weights"] = self.weights
+        """The workflow's arguments that differ from its defaults."""
+        args: dict[str, Any] = {}
+        if self.aggregation_weights:
+            args["aggregation_weights"] = {site: float(weight) for site, weight in self.aggregation_weights.items()}
         if self.exclude_vars:
             args["exclude_vars"] = self.exclude_vars
         if self.sample:
@@ -230,41 +268,3 @@ class AggregationOptions:
         if self.sites_s != AggregationOptions.__dataclass_fields__["sites_s"].default:
             args["sites_s"] = float(self.sites_s)
         return args
-
-
-#: Options of the documents that a later version builds: the values that ask for nothing, and what to do until then.
-LATER: dict[str, tuple[tuple[object, ...], str]] = {
-    "initial_ckpt": ((None,), "load the checkpoint in job.py and give it as `model`"),
-    "aggregator": ((None,), "the built-in weighted mean is used"),
-    "aggregator_data_kind": ((None, "WEIGHTS"), "the kind is read from each result"),
-    "model_persistor": ((None,), "models are kept by the broker, as safetensors"),
-    "model_locator": ((None,), "models are kept by the broker, as safetensors"),
-    "per_site_config": ((None,), "read `flare.system_info()['site_name']` in the script"),
-    "stop_cond": ((None,), "stop with `run.abort()`, or set num_rounds"),
-    "patience": ((None,), "set num_rounds"),
-    "key_metric_mode": ((None, "max"), "report a metric whose largest value is best, such as -loss"),
-    "save_filename": ((None, "FL_global_model.pt"), "results are model.safetensors and best_model.safetensors"),
-    "best_model_filename": ((None,), "results are model.safetensors and best_model.safetensors"),
-    "server_memory_gc_rounds": ((0, None), "the server holds one aggregate, whatever the number of sites"),
-    "client_memory_gc_rounds": ((0, None), "call gc.collect() in the script"),
-    "cuda_empty_cache": ((False, None), "call torch.cuda.empty_cache() in the script"),
-    "enable_tensor_disk_offload": ((False, None), "results are always on the broker's disk, not in memory"),
-}
-
-
-def refuse_later(recipe: str, options: Mapping[str, object]) -> None:
-    """Refuse options that this version would have to ignore.
-
-    Raises:
-        JobError: one of `LATER` with a value that asks for something.
-        TypeError: an option that no version knows, as Python says it of any call.
-    """
-    for name, value in options.items():
-        if name not in LATER:
-            raise TypeError(f"{recipe}() got an unexpected keyword argument {name!r}")
-        harmless, instead = LATER[name]
-        plain = getattr(value, "value", value)
-        if not any(type(plain) is type(item) and plain == item for item in harmless):
-            raise JobError(
-                f"{recipe}: {name}={value!r} is not built yet in this version of fedloom; until then {instead}"
-            )

@@ -4,8 +4,12 @@
 
     model.safetensors        the global model after the last committed round
     best_model.safetensors   the model that scored best by the key metric, where one was reported
+    <name>.safetensors       the same under the recipe's best_model_filename; the global model where none was scored
     metrics.jsonl            a line a round
+    cross_site_val/          the matrix of an evaluation, as JSON and as a table
     summary.json             the whole run
+    tracking.jsonl           what scripts logged, a line a point, where they did
+    tb_events/<site>/        the same for TensorBoard, where the recipe asks for it
     job/                     the job as it was submitted
     logs/<site>.log          what each site said
     sites/<site>/            what each site left
@@ -22,13 +26,15 @@ from typing import Any, Protocol
 
 from ..serialization.archive import unpack_archive
 from ..serialization.errors import FaultError, JobError, StorageError
-from ..serialization.jobspec import check_site_name
+from ..serialization.jobmessages import POINTS_KIND
 from ..serialization.messages import PayloadRef
 from .client import JobInfo
+from .matrix import is_evaluation, summary_of, write_matrix
+from .naming import BEST_MODEL_FILE, MODEL_FILE, folder_name, name_in, save_under_name
+from .points import PointFile, event_words
+from .tracking import write_tracking
 from .workspace import claim_folder, is_ours, mark
 
-MODEL_FILE = "model.safetensors"
-BEST_MODEL_FILE = "best_model.safetensors"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 SERVER_LOG = "server"
@@ -44,8 +50,10 @@ class ResultSource(Protocol):
     def fetch(self, ref: PayloadRef, dest: Path) -> Path: ...
 
 
-def write_results(source: ResultSource, job_id: str, dest: Path, *, logs: bool = True) -> Path:
+def write_results(source: ResultSource, job_id: str, dest: Path, *, logs: bool = True, export: bool = False) -> Path:
     """Write a job's result folder, of a job that runs too; ``logs=False`` leaves those that are there already.
+
+    With ``export`` what scripts logged goes to the trackers of the job as well, once it has ended.
 
     Raises:
         JobError: ``dest`` holds something that fedloom did not make.
@@ -63,15 +71,24 @@ def write_results(source: ResultSource, job_id: str, dest: Path, *, logs: bool =
     try:
         _write_model(source, info.model, dest / MODEL_FILE)
         _write_model(source, info.best, dest / BEST_MODEL_FILE)
+        save_under_name(dest, records)
         _write_text(dest / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in records))
+        matrix = write_matrix(records, dest)
         _write_job(source, info, dest / "job")
         for folder in ("logs", "sites"):
             (dest / folder).mkdir(exist_ok=True)
         for site in sorted(set(info.sites) | _sites(records)):
-            (dest / "sites" / _folder_name(site)).mkdir(exist_ok=True)
+            (dest / "sites" / folder_name(site)).mkdir(exist_ok=True)
+        points = PointFile(dest)
+        others = points.passing(source.events(job_id))
         if logs:
-            _write_logs(source.events(job_id), dest / "logs")
-        _write_text(dest / SUMMARY_FILE, json.dumps(summary(info, records, dest), indent=2) + "\n")
+            _write_logs(others, dest / "logs")
+        for _ in others:  # all of them pass, whoever looks
+            pass
+        write_tracking(dest, info.job_id, records, points.reader, export=export and info.ended)
+        whole = summary(info, records, dest) | {"tracking": points.summary()}
+        whole |= {"cross_site_val": summary_of(matrix)} if matrix else {}
+        _write_text(dest / SUMMARY_FILE, json.dumps(whole, indent=2) + "\n")
     except OSError as error:
         raise StorageError(f"{dest}: {error.strerror or error}") from None
     return dest
@@ -79,7 +96,8 @@ def write_results(source: ResultSource, job_id: str, dest: Path, *, logs: bool =
 
 def summary(info: JobInfo, records: list[dict[str, Any]], dest: Path) -> dict[str, Any]:
     """What summary.json holds: the job, its last metrics, totals over the rounds, and the files beside it."""
-    last = records[-1] if records else {}
+    trained = [record for record in records if not is_evaluation(record)]
+    last = trained[-1] if trained else {}
     # a round's metrics are the sites' scores of the model that they received: the round before's
     best = [int(record["round"]) - 1 for record in records if record.get("best")]
     seconds = None
@@ -91,13 +109,14 @@ def summary(info: JobInfo, records: list[dict[str, Any]], dest: Path) -> dict[st
         "seconds": seconds,
         "metrics": last.get("metrics", {}),
         "best_round": best[-1] if best else None,
+        "stopped_early": next((text for record in records if (text := record.get("stopped_early"))), None),
         "results": sum(int(record.get("results") or 0) for record in records),
         "failures": sum(len(record.get("failures") or ()) for record in records),
         "bytes": sum(int(record.get("bytes") or 0) for record in records),
         "files": {
             name: (dest / name).stat().st_size
-            for name in (MODEL_FILE, BEST_MODEL_FILE, METRICS_FILE)
-            if (dest / name).is_file()
+            for name in (MODEL_FILE, BEST_MODEL_FILE, name_in(records), METRICS_FILE)
+            if name is not None and (dest / name).is_file()
         },
     }
 
@@ -143,7 +162,7 @@ def _write_logs(events: Iterable[dict[str, Any]], folder: Path) -> None:
     held = 0
     for event in events:
         line = log_text(event)
-        waiting.setdefault(_folder_name(str(event.get("site") or "")) or SERVER_LOG, []).append(line)
+        waiting.setdefault(folder_name(str(event.get("site") or "")) or SERVER_LOG, []).append(line)
         held += len(line)
         if held > _LOG_BUFFER_CHARS:
             held = _flush(waiting, started, folder)
@@ -173,22 +192,14 @@ def event_line(event: dict[str, Any]) -> str:
     kind = str(event.get("kind") or "")
     text = str(event.get("text") or "").rstrip("\n")
     data: dict[str, Any] = event.get("data") or {}
+    if kind == POINTS_KIND and "sites" in data:
+        text, data = event_words(data), {}
     parts = [at, "" if kind == "log" else kind, text, json.dumps(data) if data else ""]
     return " ".join(part for part in parts if part)
 
 
 def _sites(records: list[dict[str, Any]]) -> set[str]:
     return {str(site.get("name")) for record in records for site in record.get("sites") or () if site.get("name")}
-
-
-def _folder_name(site: str) -> str:
-    """The site's name where it may be a file's name; a name off the wire must not lead out of the folder."""
-    if not site:
-        return ""
-    try:
-        return check_site_name(site)
-    except JobError:
-        return site.encode().hex()[:200]
 
 
 def _write_text(path: Path, text: str) -> None:

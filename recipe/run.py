@@ -94,6 +94,15 @@ class Run:
         """The records of the committed rounds, as metrics.jsonl holds them."""
         return self._backend.metrics()
 
+    def cross_site_results(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The matrix of the job's evaluations so far: data site, then model, then metric; {} where there was none.
+
+        An entry that failed is ``{"failed": {"code": ..., "text": ...}}``.
+        """
+        from .matrix import matrix_of
+
+        return matrix_of(self._backend.metrics())
+
     def failures(self) -> list[SiteFailure]:
         """The sites that failed: what ended the job, if one did, then those that its rounds went on without.
 

@@ -14,6 +14,7 @@ from ..serialization.errors import FedloomError, GatherError, JobError, TaskErro
 from ..serialization.jobspec import JobSpec, check_site_name
 from . import overrides
 from .failures import describe
+from .intake import job_folder
 from .options import whole
 from .run import ABORTED, COMPLETED
 from .workspace import previous, run_folder
@@ -78,13 +79,18 @@ class SimOptions:
     def sites_for(self, spec: JobSpec) -> list[str]:
         """The simulated sites: those named, site-1 to site-N, or the job's own; without any word two, or min_clients.
 
+        Of a job that names its sites, some may be chosen, but no others.
+
         Raises:
             JobError: fewer than ``min_clients``, more than ``max_clients``, or not those that the job names.
         """
         sites = list(self.clients) or [f"site-{number + 1}" for number in range(self.num_clients)]
         if spec.sites is not None:
-            if sites and (missing := sorted(set(spec.sites) - set(sites))):
-                raise JobError(f"job {spec.name!r} needs site {missing[0]!r}, which is not among the clients {sites}")
+            if strangers := [site for site in sites if site not in spec.sites]:
+                raise JobError(
+                    f"client {strangers[0]!r} has no part in job {spec.name!r}: its meta.json names"
+                    f" {', '.join(spec.sites)} (deploy_map, sites); choose among them, or name nobody there"
+                )
             sites = sites or list(spec.sites)
         sites = sites or [f"site-{number + 1}" for number in range(max(_DEFAULT_CLIENTS, spec.min_clients))]
         if spec.min_clients > len(sites):
@@ -92,14 +98,26 @@ class SimOptions:
                 f"min_clients={spec.min_clients} but the simulation has {len(sites)} clients: no round could close;"
                 " raise num_clients or lower min_clients"
             )
+        if missing := [name for name in spec.mandatory_clients if name not in sites]:
+            raise JobError(
+                f"mandatory client {missing[0]!r} of job {spec.name!r} is not among the clients {', '.join(sites)}:"
+                " name it (-c, or clients=[...]), or take it out of mandatory_clients"
+            )
         if self.max_clients is not None and len(sites) > self.max_clients:
             raise JobError(f"{len(sites)} clients; at most {self.max_clients}: raise it with -m, or have fewer")
         return sites
 
     def workspace_for(self, name: str) -> Path:
-        """The folder of this job's runs."""
+        """The folder of this job's runs.
+
+        Raises:
+            JobError: the workspace is a file.
+        """
         root = self.workspace_root or Path(os.environ.get("FEDLOOM_WORKSPACE") or DEFAULT_WORKSPACE)
-        return root.expanduser().resolve() / name
+        root = root.expanduser().resolve()
+        if root.exists() and not root.is_dir():
+            raise JobError(f"workspace {root} is a file; name a folder, in which {name!r} is made")
+        return root / name
 
 
 def _first(one: Any, other: Any) -> Any:
@@ -107,17 +125,26 @@ def _first(one: Any, other: Any) -> Any:
 
 
 def simulate(options: SimOptions, *, job: Job | None = None, folder: Path | None = None) -> SimResult:
-    """Run a job, or the job in a folder, to its end in a workspace of its own.
+    """Run a job, or the job in a folder (NVFLARE's are converted), to its end in a workspace of its own.
 
     Raises:
         JobError: the job does not fit the options, or the workspace is not fedloom's to write into.
     """
+    if folder is None:
+        return _simulate(options, job, None)
+    with job_folder(folder) as ours:
+        return _simulate(options, job, ours)
+
+
+def _simulate(options: SimOptions, job: Job | None, folder: Path | None) -> SimResult:
     spec = job.spec() if job is not None else JobSpec.load(_given(folder))
     sites = options.sites_for(spec)
     seed = spec.seed if options.seed is None else options.seed
     threads = None if options.num_threads is None else min(len(sites), options.num_threads)
     from ..sim import preload
+    from ..sim.gpus import parse_gpus, worker_count
 
+    worker_count(len(sites), threads, parse_gpus(options.gpu_config))  # what is wrong is said before anything is moved
     try:
         preload.start_early()  # it loads what it needs while this process does
         return _run(options, job, folder, spec, sites, seed, threads)
@@ -176,6 +203,12 @@ def _copy(folder: Path, dest: Path) -> None:
             shutil.copy(path, place)
 
 
+def compat_hint(text: str) -> str:
+    """What to do where a script imports NVFLARE, and there is none; "" for other errors."""
+    missing = "No module named 'nvflare"
+    return "the script imports nvflare: run it as it is with `fedloom sim --compat nvflare`" if missing in text else ""
+
+
 def raise_failure(result: SimResult) -> None:
     """Raise what ended a simulation before its time.
 
@@ -193,6 +226,8 @@ def raise_failure(result: SimResult) -> None:
         error = TaskError(failure.site, failure.text)
         if why := result.reason.partition("\n")[0]:  # what follows in the reason is that traceback again
             error.add_note(why)
+        if hint := compat_hint(failure.text):
+            error.add_note(hint)
     else:
         error = GatherError(result.reason or f"job {result.job_id} ended as {result.status}")
     if result.result_dir.is_dir():

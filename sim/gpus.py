@@ -82,8 +82,13 @@ def worker_count(sites: int, threads: int | None, groups: Sequence[tuple[str, ..
     """T: as asked, but never more than there are sites; unasked, every site at once, or one for each GPU group.
 
     Raises:
-        JobError: fewer than one worker is asked for.
+        JobError: fewer than one worker is asked for, or there are more GPU groups than sites.
     """
+    if len(groups) > sites:
+        raise JobError(
+            f"{len(groups)} GPU groups but {sites} clients: {len(groups) - sites} of the groups could have none; give"
+            f" at most {sites}, join GPUs to groups such as [0,1],[2,3], or have more clients"
+        )
     if threads is not None and threads < 1:
         raise JobError(f"{threads} workers at once; at least 1 is needed, and at most the {sites} sites can be used")
     wanted = threads if threads is not None else (len(groups) or sites)

@@ -94,7 +94,7 @@ def run_simulation(config: SimConfig) -> SimResult:
         shield = stack.enter_context(interruptible())
         workspace = place_workspace(config, stack)
         spec = place_job(config, workspace, sites)
-        modules = modules_for([spec.custom_dir(workspace / "job")], torch=wants_torch(spec))
+        modules = modules_for(spec.custom_dirs(workspace / "job"), torch=wants_torch(spec))
         warm = take_warm(modules)
         stack.callback(shield.run, warm.close)
         work_dir = workspace / WORK_DIR
@@ -228,21 +228,28 @@ class _Run:
 
     def _lasting(self, pipeline: Pipeline, info: JobInfo, text: str) -> str:
         code = pipeline.agent_dir / "jobs" / info.job_id / "code"
-        return text.replace(str(code), str(self._workspace / "job"))
+        logs = pipeline.agent_dir / "logs" / info.job_id
+        lasting = text.replace(str(code), str(self._workspace / "job"))
+        return lasting.replace(str(logs), str(self._workspace / "logs"))
 
     def _collect(
         self, client: JobClient, pipeline: Pipeline, info: JobInfo, failures: tuple[SiteFailure, ...]
     ) -> SimResult:
+        from ..recipe.matrix import FOLDER, JSON_FILE, matrix_of
+        from ..recipe.matrix import shown as shown_matrix
         from ..recipe.results import BEST_MODEL_FILE, METRICS_FILE, MODEL_FILE, write_results
 
         if not pipeline.end_agent(self._config.grace_s):
             log.warning("scripts_killed", job=info.job_id, after_s=self._config.grace_s)
         self._keep_files(pipeline, info.job_id)
-        write_results(client, info.job_id, self._workspace, logs=False)
+        write_results(client, info.job_id, self._workspace, logs=False, export=True)
         pipeline.stopping()
         if self._config.show_progress:
-            files = [self._workspace / name for name in (MODEL_FILE, BEST_MODEL_FILE, METRICS_FILE)]
+            names = (MODEL_FILE, BEST_MODEL_FILE, METRICS_FILE, f"{FOLDER}/{JSON_FILE}")
+            files = [self._workspace / name for name in names]
             shown = [path for path in files if path.is_file() and path.stat().st_size]
+            if table := shown_matrix(matrix_of(self._records), self._key_metric):
+                print(f"\n{table}", file=sys.stderr)
             print_summary(sys.stderr, self._records, info.rounds, shown, self._key_metric)
         seconds = time.monotonic() - self._started
         return SimResult(

@@ -70,12 +70,13 @@ def sites_of(config: SimConfig, spec: JobSpec) -> tuple[str, ...]:
         check_site_name(site)
     if len(set(sites)) != len(sites):
         raise JobError(f"the sites {list(sites)} name one twice")
-    taking_part = spec.sites or sites
-    if missing := sorted(set(taking_part) - set(sites)):
-        raise JobError(f"job {spec.name!r} needs site {missing[0]!r}; simulated are {', '.join(sites)}")
-    if spec.min_clients > len(taking_part):
+    if strangers := sorted(set(sites) - set(spec.sites or sites)):
         raise JobError(
-            f"min_clients={spec.min_clients} but {len(taking_part)} sites take part: no round could ever close;"
+            f"site {strangers[0]!r} has no part in job {spec.name!r}, which names {', '.join(spec.sites or ())}"
+        )
+    if spec.min_clients > len(sites):
+        raise JobError(
+            f"min_clients={spec.min_clients} but {len(sites)} sites take part: no round could ever close;"
             " simulate more, or lower min_clients"
         )
     return sites
@@ -96,7 +97,7 @@ def place_job(config: SimConfig, workspace: Path, sites: tuple[str, ...]) -> Job
     if config.job_folder.resolve() != folder:
         shutil.copytree(config.job_folder, folder, ignore=shutil.ignore_patterns(*SKIPPED_NAMES, "*.pyc"))
     spec = JobSpec.load(folder)
-    wanted = replace(spec, sites=spec.sites or sites, seed=spec.seed if config.seed is None else config.seed)
+    wanted = replace(spec, sites=sites, seed=spec.seed if config.seed is None else config.seed)
     if wanted != spec:
         wanted.write(folder)
     return wanted
@@ -121,4 +122,4 @@ def _available_bytes() -> int:
 
 
 def wants_torch(spec: JobSpec) -> bool:
-    return any(e.component.args.get("params_exchange_format") == "pytorch" for e in spec.executors)
+    return any(e.component.args.get("params_exchange_format") == "pytorch" for e in spec.all_executors)

@@ -169,6 +169,8 @@ def progress_text(view: View) -> str:
 def round_line(record: Record, rounds: int, key_metric: str = "accuracy") -> str:
     """``round 3/10: 8 sites, accuracy 0.9120, 3.2 MB/s, 1.20 s``, and what went wrong in it."""
     seconds = float(record.get("seconds") or 0.0)
+    if evaluation := cast("dict[str, Any] | None", record.get("evaluation")):
+        return evaluation_line(record, evaluation, key_metric)
     parts = [f"{record.get('results', 0)} sites"]
     parts += [
         text for text in (metrics_text(record.get("metrics") or {}, key_metric), rate_text(rate_of(record))) if text
@@ -177,6 +179,20 @@ def round_line(record: Record, rounds: int, key_metric: str = "accuracy") -> str
     if failures := cast("list[Any]", record.get("failures") or []):
         parts.append(f"{len(failures)} failed")
     return f"round {int(record.get('round', 0)) + 1}/{rounds}: {', '.join(part for part in parts if part)}"
+
+
+def evaluation_line(record: Record, evaluation: dict[str, Any], key_metric: str) -> str:
+    """``evaluation 2/5: site-1 at 3 sites, accuracy 0.9120, 0.20 s``, the mean over the sites; first, what will be."""
+    if "model" not in evaluation:
+        return f"evaluation: {evaluation.get('of')} steps at {evaluation.get('sites')} sites"
+    parts = [
+        f"{evaluation['model']} at {record.get('results', 0)} sites",
+        metrics_text(record.get("metrics") or {}, key_metric),
+        f"{float(record.get('seconds') or 0.0):.2f} s",
+    ]
+    if failures := cast("list[Any]", record.get("failures") or []):
+        parts.append(f"{len(failures)} failed")
+    return f"evaluation {evaluation.get('step')}/{evaluation.get('of')}: {', '.join(part for part in parts if part)}"
 
 
 def metrics_of(record: Record) -> dict[str, Any]:
@@ -225,8 +241,8 @@ def print_summary(
     from rich.console import Console
 
     console = Console(file=stream, highlight=False)
-    if records:
-        _print_table(console, records, rounds, key_metric)
+    if trained := [record for record in records if "evaluation" not in record]:
+        _print_table(console, trained, rounds, key_metric)
     for path in files:
         console.print(str(path), markup=False, soft_wrap=True)
 

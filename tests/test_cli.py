@@ -48,12 +48,13 @@ def test_each_command_has_help(command: str) -> None:
 
 def test_documented_options_are_there() -> None:
     sim = run("sim", "--help").stdout
-    for option in ("-w,", "-n,", "-c,", "-t,", "-gpu,", "-m,", "-l,", "--seed", "--json", "--log-format"):
+    options = ("-w,", "-n,", "-c,", "-t,", "-gpu,", "-m,", "-l,", "--seed", "--json", "--log-format", "--compat")
+    for option in options:
         assert option in sim
     assert "--bind" in run("broker", "--help").stdout
     assert "--insecure" in run("broker", "--help").stdout
     executor = run("executor", "--help").stdout
-    for option in ("--broker", "--site", "--workspace", "--pool"):
+    for option in ("--broker", "--site", "--workspace", "--pool", "--compat"):
         assert option in executor
 
 
@@ -66,6 +67,8 @@ def test_documented_options_are_there() -> None:
         (["sim", "nowhere.py"], "nowhere.py does not exist"),
         (["sim", "nowhere.py", "-n", "0"], "greater than or equal to 1"),
         (["sim", "nowhere.py", "-n", "2", "-c", "a,b"], "give one of them"),
+        (["sim", "nowhere.py", "-c", ","], "names no client; write -c site-1,site-2"),
+        (["sim", "nowhere.py", "--compat", "flower"], "--compat 'flower'; allowed is nvflare"),
         (["sim", ".", "-l", "loud"], "log level 'loud'"),
         (["sim", "."], "meta.json is missing"),
         (["job", "submit", "nowhere"], "job folder nowhere does not exist"),

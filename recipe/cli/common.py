@@ -33,6 +33,15 @@ LogLevel = Annotated[
     str | None, typer.Option("-l", "--log-level", metavar="LEVEL", help="debug, info, warning, error or critical.")
 ]
 LogFormat = Annotated[str | None, typer.Option("--log-format", metavar="FORMAT", help="text, or json for a line each.")]
+Compat = Annotated[
+    str | None,
+    typer.Option(
+        "--compat",
+        envvar="FEDLOOM_COMPAT",
+        metavar="NAME",
+        help="nvflare: scripts that import nvflare get fedloom, unchanged.",
+    ),
+]
 ConnectTimeout = Annotated[
     float, typer.Option("--connect-timeout", metavar="SECONDS", min=0.0, help="How long to wait for the broker.")
 ]
@@ -85,6 +94,20 @@ def show_error(error: FedloomError) -> None:
     typer.echo(f"error: {error}", err=True)
     for note in getattr(error, "__notes__", ()):
         typer.echo(f"  {note}", err=True)
+
+
+def enable_compat(name: str | None) -> None:
+    """Let user code import fedloom by another library's names, if it is asked for; say what that hides.
+
+    Raises:
+        JobError: no such library is known.
+    """
+    if not name:
+        return
+    from ...executor.compat import enable
+
+    if note := enable(name):
+        typer.echo(f"note: {note}", err=True)
 
 
 def print_json(value: Any, out: TextIO | None = None) -> None:

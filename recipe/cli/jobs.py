@@ -61,21 +61,23 @@ def submit(
 ) -> None:
     """Submit a job."""
     from ...serialization.jobspec import JobSpec
+    from ..intake import job_folder as taken_in
 
-    if job_folder.is_dir() or not job_folder.exists():
-        JobSpec.load(job_folder)  # what is wrong with it is said before a broker is looked for
-    with _client(broker, connect_timeout) as client:
-        job_id = client.submit(job_folder)
-        if not wait:
-            if as_json:
-                print_json({"job_id": job_id})
-            else:
+    with taken_in(job_folder) as folder:
+        if folder.is_dir() or not folder.exists():
+            JobSpec.load(folder)  # what is wrong with it is said before a broker is looked for
+        with _client(broker, connect_timeout) as client:
+            job_id = client.submit(folder)
+            if not wait:
+                if as_json:
+                    print_json({"job_id": job_id})
+                else:
+                    typer.echo(f"submitted {job_id}")
+                    typer.echo(f"watch it with: fedloom job wait {job_id}", err=True)
+                return
+            if not as_json:
                 typer.echo(f"submitted {job_id}")
-                typer.echo(f"watch it with: fedloom job wait {job_id}", err=True)
-            return
-        if not as_json:
-            typer.echo(f"submitted {job_id}")
-        info = client.wait(job_id, timeout, None if as_json else _say)
+            info = client.wait(job_id, timeout, None if as_json else _say)
     _ended(info, as_json)
 
 

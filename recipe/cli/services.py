@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ...serialization.errors import JobError
-from .common import Broker, LogFormat, LogLevel, command
+from .common import Broker, Compat, LogFormat, LogLevel, command, enable_compat
 
 DEFAULT_BIND = "tcp://127.0.0.1:7600"
 _DURABILITIES = ("power", "process")
@@ -68,12 +68,15 @@ def broker(
 
 
 @command
-def controller(broker: Broker = None, log_level: LogLevel = None, log_format: LogFormat = None) -> None:
+def controller(
+    broker: Broker = None, compat: Compat = None, log_level: LogLevel = None, log_format: LogFormat = None
+) -> None:
     """Start a controller, which claims jobs and runs them. Start two for a hot standby."""
     from ...controller.service import run_controller
     from ..logs import setup
 
     level, json_lines = setup(log_level, log_format)
+    enable_compat(compat)
     run_controller(_broker(broker), log_level=level, log_json=json_lines)
 
 
@@ -95,6 +98,7 @@ def executor(
         bool, typer.Option("--share-logs/--no-share-logs", help="Send what the sites' scripts print to the broker.")
     ] = True,
     broker: Broker = None,
+    compat: Compat = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
 ) -> None:
@@ -111,6 +115,7 @@ def executor(
     from ...executor.service import run_executor
 
     setup(log_level, log_format)
+    enable_compat(compat)
     run_executor(
         AgentConfig(
             endpoint=_broker(broker),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import runpy
 import sys
 import traceback
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from ...serialization.errors import FedloomError, JobError
-from .common import DONE, FAILED, WRONG_USE, Json, LogFormat, LogLevel, command, print_json
+from .common import DONE, FAILED, WRONG_USE, Compat, Json, LogFormat, LogLevel, command, enable_compat, print_json
 
 if TYPE_CHECKING:
     from ..overrides import Overrides
@@ -53,15 +54,18 @@ def sim(
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, metavar="S", help="Instead of the job's own.")] = None,
+    compat: Compat = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
     as_json: Json = False,
 ) -> None:
     """Run a job on this machine, with the real protocol. Options win over what the script's SimEnv says."""
-    from ..logs import setup
+    from ..logs import LEVEL_VARIABLE, setup
     from ..overrides import Overrides
 
+    level_said = bool(log_level or os.environ.get(LEVEL_VARIABLE))
     level, json_lines = setup(log_level, log_format, default="warning")
+    enable_compat(compat)
     if n_clients is not None and clients is not None:
         raise JobError("-n and -c both say which clients there are: give one of them")
     overrides = Overrides(
@@ -72,7 +76,7 @@ def sim(
         workspace_root=workspace,
         max_clients=MAX_CLIENTS if max_clients is None and (n_clients or clients or job.is_dir()) else max_clients,
         seed=seed,
-        log_level=level,
+        log_level=level if level_said else None,
         log_json=json_lines,
         show_progress=not as_json and not json_lines,
     )
@@ -149,10 +153,11 @@ def _run_script(script: Path, args: list[str], overrides: Overrides, as_json: bo
 
 def _load_early(script: Path) -> None:
     """Have the warm process load what the clients will probably need, while the script itself is still loading."""
-    from ...sim.preload import load_early
+    from ...sim.preload import load_early, start_early
     from ..code import local_code, named_scripts
 
     with contextlib.suppress(JobError):  # the script itself will say it
+        start_early()  # nothing where one was started before the options were read
         load_early(local_code(named_scripts(script), [script.parent]).values())
 
 
@@ -171,7 +176,11 @@ def _script_code(stop: SystemExit) -> int:
 
 def _show_script_error(error: Exception, script: Path) -> None:
     """The traceback as running the script by Python would show it: without the frames of this command."""
+    from ..simulate import compat_hint
+
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename != str(script):
         trace = trace.tb_next
     traceback.print_exception(type(error), error, trace or error.__traceback__)
+    if hint := compat_hint(str(error)):
+        typer.echo(f"  {hint}", err=True)

@@ -194,7 +194,7 @@ def test_prod_env(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             asked.append(("wait", timeout_s))
             return JobInfo(job_id, status="FINISHED:COMPLETED")
 
-        def download(self, job_id: str, dest: Path) -> Path:
+        def download(self, job_id: str, dest: Path, *, export: bool) -> Path:
             return dest
 
         def rounds(self, job_id: str) -> list[dict[str, Any]]:

@@ -69,10 +69,15 @@ def test_without_gpus_a_slot_leaves_the_environment_alone() -> None:
 
 @pytest.mark.parametrize(
     ("sites", "threads", "gpus", "workers"),
-    [(8, None, None, 8), (8, 3, None, 3), (8, 60, None, 8), (8, None, "0,1", 2), (8, 4, "0,1", 4), (1, None, "0,1", 1)],
+    [(8, None, None, 8), (8, 3, None, 3), (8, 60, None, 8), (8, None, "0,1", 2), (8, 4, "0,1", 4), (2, None, "0,1", 2)],
 )
 def test_worker_count(sites: int, threads: int | None, gpus: str | None, workers: int) -> None:
     assert worker_count(sites, threads, parse_gpus(gpus)) == workers
+
+
+def test_more_groups_than_clients_is_an_error() -> None:
+    with pytest.raises(JobError, match=r"2 GPU groups but 1 clients: 1 of the groups could have none; give at most 1"):
+        worker_count(1, None, parse_gpus("[0,1],[2,3]"))
 
 
 def test_no_workers_is_an_error() -> None:

@@ -1,0 +1,1 @@
+"""Job folders that were written for NVFLARE, read as fedloom's: `table` says what stands for what."""
