@@ -18,7 +18,7 @@ PACKAGE_DIRS = ("broker", "controller", "executor", "recipe", "serialization", "
 ROOT_MODULES = {"__init__.py", "__main__.py", "client.py"}
 MAX_LINES = 500
 #: The one module that may call torch.load, with weights_only=True, for checkpoints that a user names on this machine.
-TORCH_LOAD_MODULE = "recipe/checkpoints.py"
+TORCH_LOAD_MODULE = "controller/checkpoints.py"
 
 
 def tracked(*suffixes: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
     python job.py                                  the sites send the whole matrix
     python job.py --transfer DIFF                  the sites send what changed
+    python job.py --export FOLDER                  only a job folder, for `fedloom sim FOLDER` and `fedloom job submit`
 
 Both end with the initial matrix plus the number of rounds, exactly.
 """
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--transfer", choices=["FULL", "DIFF"], default="FULL")
+    parser.add_argument("--export", metavar="FOLDER", help="only write the job folder")
     parser.add_argument("--workspace", help="where the results go (default: ./fedloom-workspace)")
     args = parser.parse_args()
 
@@ -36,6 +38,9 @@ def main() -> None:
         train_script=str(HERE / "client.py"),
         params_transfer_type=args.transfer,
     )
+    if args.export:
+        print(f"job folder: {recipe.export(args.export)}")
+        return
     run = recipe.execute(SimEnv(num_clients=args.clients, workspace_root=args.workspace))
     result = Path(run.get_result())
     print(f"job {run.get_job_id()}: {run.get_status()}")

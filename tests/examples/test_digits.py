@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,27 @@ def test_same_bits_for_any_number_of_workers(children: Any, repo: Path, workspac
         _, result = simulate(children, repo, workspace / f"t{threads}", "--rounds", "2", "--threads", threads)
         models.add(sha256(result / "model.safetensors"))
     assert len(models) == 1
+
+
+def test_an_external_process_ends_with_the_same_bits(children: Any, repo: Path, workspace: Path) -> None:
+    """`launch_external_process`: each site's script is a command of its own, in a process tree of its own."""
+    outside, inside = workspace / "outside", workspace / "inside"
+    options = ["--rounds", "1", "--sites", "1", "--external", "--export", outside]
+    code, out, err = children.output([sys.executable, repo / "examples/digits/job.py", *options], cwd=workspace)
+    assert code == 0, f"{out}\n{err}"
+    shutil.copytree(outside, inside)
+    config = inside / "app" / "config" / "config_fed_client.json"
+    client = json.loads(config.read_text())
+    assert client["executors"][0]["executor"]["args"]["launch_external_process"] is True
+    client["executors"][0]["executor"]["args"]["launch_external_process"] = False
+    config.write_text(json.dumps(client))
+
+    models: set[str] = set()
+    for folder in (outside, inside):
+        results = workspace / f"{folder.name} results"
+        code, out, err = children.fedloom_output("sim", folder, "-n", "1", "-w", results, timeout_s=180, cwd=workspace)
+        assert code == 0, f"{out}\n{err}"
+        models.add(sha256(results / "digits" / "model.safetensors"))
+        assert "site-1 round 0" in (results / "digits" / "logs" / "site-1.log").read_text()
+    assert len(models) == 1
+    children.gone()

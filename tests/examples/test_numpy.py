@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -48,4 +49,31 @@ def test_sim_command_runs_the_job_script(children: Any, repo: Path, workspace: P
     found = list(workspace.rglob("model.safetensors"))
     assert len(found) == 1, err
     np.testing.assert_array_equal(load_file(found[0])["numpy_key"], INITIAL + 3)
+    children.gone()
+
+
+def test_exported_and_run_again_for_two_and_for_sixty(children: Any, repo: Path, workspace: Path) -> None:
+    """A job folder gives the bits of the script's own run, and runs as it is with 60 clients on 60 threads."""
+    job = repo / "examples/numpy/job.py"
+    for args in (("--workspace", workspace / "script"), ("--export", workspace / "add-one")):
+        code, out, err = children.output([sys.executable, job, *args], timeout_s=120, cwd=workspace)
+        assert code == 0, f"{out}\n{err}"
+
+    digests = [hashlib.sha256((workspace / "script/hello-numpy-full/model.safetensors").read_bytes()).hexdigest()]
+    for where, sites, more in (("two", 2, ()), ("sixty", 60, ("-n", "60", "-t", "60"))):
+        code, out, err = children.fedloom_output(
+            "sim", "add-one", "-w", workspace / where, *more, "--json", timeout_s=180, cwd=workspace
+        )
+        assert code == 0, f"{out}\n{err}"
+        told = json.loads(out)
+        assert told["status"] == "FINISHED:COMPLETED"
+        result = Path(told["path"])
+        assert result == workspace / where / "hello-numpy-full"
+        rounds = [json.loads(line) for line in (result / "metrics.jsonl").read_text().splitlines()]
+        assert [record["results"] for record in rounds] == [sites] * 3
+        assert {site["name"] for site in rounds[-1]["sites"]} == {f"site-{n + 1}" for n in range(sites)}
+        assert len(list((result / "logs").glob("site-*.log"))) == sites
+        digests.append(hashlib.sha256((result / "model.safetensors").read_bytes()).hexdigest())
+    # every site adds one to the same matrix: their mean has the same bits, whether of two or of sixty
+    assert len(set(digests)) == 1
     children.gone()

@@ -170,13 +170,16 @@ class Checker:
         rounds = [round for _, round, _ in records]
         if rounds != list(range(len(rounds))):
             self.say(f"rounds committed: {rounds}")
-        closed = [[site["name"] for site in record["sites"]] for _, _, record in records]
+        trained = [record for _, _, record in records if "evaluation" not in record]
+        closed = [[site["name"] for site in record["sites"]] for record in trained]
         least = len(scenario.sites) - scenario.spared
         for round, sites in enumerate(closed):
             if len(set(sites)) != len(sites) or not set(sites) <= set(scenario.sites) or len(sites) < least:
                 self.say(f"round {round} was closed with {sites}")
         if not self.broken and closed:
             self._models(cluster, closed, job)
+        if scenario.scores and not self.broken:
+            self._matrix(cluster, [record for _, _, record in records], closed)
         self._acknowledged(closed)
         self._payloads(cluster, state)
         for name, party in cluster.living.items():
@@ -195,6 +198,18 @@ class Checker:
         got = job.commit.model.id if job.commit is not None and job.commit.model is not None else ""
         if got != wanted[-1]:
             self.say(f"the model after {len(closed)} rounds is {got}; undisturbed it is {wanted[-1]}")
+
+    def _matrix(self, cluster: Cluster, records: Sequence[dict[str, Any]], closed: list[list[str]]) -> None:
+        best = max(record["round"] for record in records if record.get("best"))
+        got: dict[str, dict[str, Any]] = {}
+        for record in records:
+            for site, scores in record.get("scores", {}).items():
+                if record["evaluation"]["model"] in got.setdefault(site, {}):
+                    self.say(f"{site} scored {record['evaluation']['model']} twice")
+                got[site][record["evaluation"]["model"]] = scores
+        wanted = self.reference.matrix(cluster.scenario, closed, best)
+        if got != wanted:
+            self.say(f"the matrix is {got}; undisturbed it is {wanted}")
 
     def _acknowledged(self, closed: list[list[str]]) -> None:
         """What was acknowledged is what counts: the round's record names its site."""

@@ -26,9 +26,10 @@ from fedloom.serialization import faultpoints
 from fedloom.serialization.digest import digest_buffers
 from fedloom.serialization.errors import FaultError, FedloomError, StorageError
 from fedloom.serialization.messages import Answer, Ask, Hello, JobId, PayloadId, PayloadRef, SubmitJob
+from fedloom.serialization.model import FLModel
 from machine import Machine, Party
 from network import Network, Weather
-from scenario import Scenario, work
+from scenario import Scenario, score, submit, work
 
 ENDPOINT = "tcp://127.0.0.1:7600"
 _AGAIN_S = (0.05, 0.8)
@@ -220,8 +221,18 @@ class Cluster:
             system.time.sleep(self.machine.rng.uniform(0.1, 1.9) * scenario.task_s)
             return work(scenario, ctx.site, ctx.round, ctx.seed, model, ctx.state)
 
+        def evaluate(model: Any, ctx: Any) -> Any:
+            self.executions[ctx.site, scenario.rounds + ctx.round] += 1
+            system.time.sleep(self.machine.rng.uniform(0.1, 1.9) * scenario.task_s)
+            return FLModel(metrics=score(ctx.site, model.params))
+
+        def give(model: Any, ctx: Any) -> Any:
+            return submit(model, ctx.state)
+
+        functions = {"train": train, **({"validate": evaluate, "submit_model": give} if scenario.scores else {})}
+
         def make(config: AgentConfig, spawner: Any) -> Agent:
-            agent = self.agents[name] = Agent(config, spawner, {"train": train})
+            agent = self.agents[name] = Agent(config, spawner, functions)
             return agent
 
         try:

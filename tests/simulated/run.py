@@ -31,6 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedules", type=int, default=200)
     parser.add_argument("--first", type=int, default=1, help="the first seed")
+    parser.add_argument("--variant", type=int, metavar="N", help="of this job alone, such as one that is not drawn")
     parser.add_argument("--jobs", type=int, default=2, help="processes beside each other")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plan", help="one schedule: its line")
@@ -47,7 +48,7 @@ def main() -> int:
         return _mutations(args)
     if args.plan:
         return _one(args.plan, args.verbose)
-    lines = [f"1 {variant} -" for variant in range(14)] if args.calm else None
+    lines = [f"1 {variant} -" for variant in range(16)] if args.calm else None
     if args.regressions:
         lines = [line for line in REGRESSIONS.read_text().splitlines() if line.partition("#")[0].strip()]
     return _many(args, lines)
@@ -83,7 +84,7 @@ def _work(order: dict[str, Any]) -> int:
             return 0
         mutation.switch()
     for line in order.get("lines") or range(order["first"], order["stop"], order["stride"]):
-        plan = schedule.parse(line) if isinstance(line, str) else schedule.draw(line)
+        plan = schedule.parse(line) if isinstance(line, str) else schedule.draw(line, order.get("variant"))
         if order.get("mutation"):
             plan = schedule.faults.favour(plan, mutation.variants, mutation.faults)
         faulthandler.dump_traceback_later(
@@ -160,7 +161,7 @@ def _many(args: argparse.Namespace, lines: list[str] | None) -> int:
     orders: list[dict[str, Any]] = [
         {"lines": lines[n::jobs]}
         if lines is not None
-        else {"first": args.first + n, "stop": args.first + args.schedules, "stride": jobs}
+        else {"first": args.first + n, "stop": args.first + args.schedules, "stride": jobs, "variant": args.variant}
         for n in range(jobs)
     ]
     total: Counter[str] = Counter()

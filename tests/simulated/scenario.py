@@ -20,6 +20,9 @@ from fedloom.serialization.model import FLModel, ParamsType
 from fedloom.serialization.payload import decode_model, encode_model
 
 _FEDAVG = "fedloom.controller.workflows.fedavg.FedAvg"
+_CROSS_SITE = "fedloom.controller.workflows.crosssite.CrossSiteEval"
+#: Where a site keeps its own model for the evaluation.
+_OWN = "own."
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class Scenario:
     task_s: float = 0.3
     twins: bool = False  # a second machine that wants to be each of them; what a site remembers does not move
     quota_models: int = 0  # of the spool, in models; 0: no bound
+    scores: bool = False  # behind the training every model is scored at every site; drawn only where asked for
     seed: int = 7
 
     @property
     def busy_s(self) -> float:
         """About how long the job takes undisturbed."""
-        return self.rounds * self.task_s * (2.5 if self.pooled > 3 else 1.6)
+        trained = self.rounds * self.task_s * (2.5 if self.pooled > 3 else 1.6)
+        return trained + self.scores * (3 + len(self.sites)) * self.task_s * 1.6
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -68,6 +73,8 @@ VARIANTS: tuple[Scenario, ...] = (
     Scenario(singles=2, pooled=3, twins=True),
     Scenario(singles=3, pooled=0, twins=True, floats=9000),
     Scenario(singles=3, pooled=2, floats=9000, quota_models=24, checkpoint_bytes=60_000),
+    Scenario(singles=3, pooled=0, scores=True),
+    Scenario(singles=1, pooled=2, floats=9000, scores=True),
 )
 
 
@@ -88,7 +95,7 @@ def make_archive(scenario: Scenario, folder: Path) -> bytes:
     }
     spec = JobSpec(
         "simulated",
-        (Component(_FEDAVG, workflow),),
+        (Component(_FEDAVG, workflow), *([Component(_CROSS_SITE)] if scenario.scores else [])),
         (ExecutorSpec(("*",), Component("nobody.Here")),),
         num_rounds=scenario.rounds,
         seed=scenario.seed,
@@ -114,6 +121,8 @@ def work(scenario: Scenario, site: str, round: int, seed: int, model: FLModel, s
             state[name] = step
         grown = np.float32(300 if scenario.grows and round == 1 else 1)
         out[name] = step * grown if scenario.diff else (value + step) * grown
+        if scenario.scores:
+            state[_OWN + name] = out[name]
     return FLModel(
         params=out,
         params_type=ParamsType.DIFF if scenario.diff else ParamsType.FULL,
@@ -124,20 +133,42 @@ def work(scenario: Scenario, site: str, round: int, seed: int, model: FLModel, s
     )
 
 
+def submit(model: FLModel, state: Any) -> FLModel:
+    """A site's own model."""
+    assert model.params is None
+    return FLModel(params={name: state[_OWN + name] for name in ("w", "b")})
+
+
+def score(site: str, params: Any) -> dict[str, float]:
+    """What a site makes of a model: another number for each pair of them."""
+    return {"score": float(np.sum(np.asarray(params["w"], np.float64))) * (1 + zlib.crc32(site.encode()) % 7)}
+
+
 class Reference:
     """What the committed models must be, given whose results each round was closed with."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[str, ...]] = {}
+        self._params: dict[Any, list[Any]] = {}
+        self._own: dict[Any, dict[str, Any]] = {}
+
+    def matrix(self, scenario: Scenario, closed: Sequence[Sequence[str]], best: int) -> dict[str, dict[str, Any]]:
+        """Every site's scores of the last model, of the one that round ``best`` received, and of the sites' own."""
+        self.models(scenario, closed)
+        key = (scenario, tuple(tuple(sorted(sites)) for sites in closed))
+        models = {"SRV_model": self._params[key][-1], "SRV_best_model": self._params[key][best - 1], **self._own[key]}
+        return {site: {name: score(site, params) for name, params in models.items()} for site in scenario.sites}
 
     def models(self, scenario: Scenario, closed: Sequence[Sequence[str]]) -> tuple[str, ...]:
         """The payload id of the model that each round commits."""
         key = (scenario, tuple(tuple(sorted(sites)) for sites in closed))
         if key not in self._known:
-            self._known[key] = self._fold(scenario, key[1])
+            self._known[key] = self._fold(scenario, key[1], self._params.setdefault(key, []), key)
         return self._known[key]
 
-    def _fold(self, scenario: Scenario, closed: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    def _fold(
+        self, scenario: Scenario, closed: tuple[tuple[str, ...], ...], params: list[Any], key: Any
+    ) -> tuple[str, ...]:
         mean = WeightedMean()
         model = decode_model(encode_model(initial(scenario)).tobytes(), framework="numpy")
         states: dict[str, dict[str, Any]] = {}
@@ -151,6 +182,7 @@ class Reference:
                 seed = task_seed(scenario.seed, round, 0, site)
                 result = work(scenario, site, round, seed, model, states.setdefault(site, {}))
                 results.append((site, encode_model(result)))
+                self._own.setdefault(key, {})[site] = result.params
             while True:
                 for site, encoded in results:
                     fold.add(encoded.tobytes(), site=site, meta=encoded.meta)
@@ -164,4 +196,5 @@ class Reference:
             encoded = encode_model(model)
             out.append(f"b3-{digest_buffers(encoded.buffers)}")
             model = decode_model(encoded.tobytes(), framework="numpy")
+            params.append(model.params)
         return tuple(out)

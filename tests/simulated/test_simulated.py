@@ -37,6 +37,13 @@ def test_no_promise_is_broken(tmp_path: Path) -> None:
     assert hit >= {"crash", "crash_step", "cut", "drop", "duplicate", "flip", "freeze", "host", "point", "unsynced"}
 
 
+def test_an_evaluation_ends_with_the_undisturbed_matrix(tmp_path: Path) -> None:
+    """A job of two workflows; it is not among those that the other test draws."""
+    seen = figures(tmp_path, "--variant", "14", "--schedules", "12")
+    assert seen["broken"] == []
+    assert seen["hits"]
+
+
 def test_what_failed_once_does_not_fail_again(tmp_path: Path) -> None:
     lines = [line for line in (HERE / "regressions.txt").read_text().splitlines() if line.strip()]
     assert figures(tmp_path, "--regressions")["total"]["schedules"] == len(lines) >= 20
