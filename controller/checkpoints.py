@@ -22,6 +22,8 @@ from ..serialization.tensors import as_numpy, is_number, is_tensor, spec_of
 #: What a file without names for its tensors is called: where numpy clients find their array in ``params``.
 NUMPY_KEY = "numpy_key"
 SUFFIXES = (".npy", ".npz", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+#: Read without torch: what may lie in a job, which anybody may have made.
+PLAIN_SUFFIXES = (".npy", ".npz", ".safetensors")
 #: Keys under which checkpoints of torch keep the parameters beside other things.
 _NESTED = ("model", "state_dict", "model_state_dict")
 _SHOWN = 3
@@ -35,6 +37,21 @@ def check_suffix(path: Path, what: str) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise JobError(f"{what}={str(path)!r}; a file that ends in {', '.join(SUFFIXES)} belongs here")
+
+
+def check_travelling(path: Path, what: str) -> None:
+    """Refuse what a job must not carry: a file beside it, and one of torch's.
+
+    Raises:
+        JobError: says what to do instead.
+    """
+    if ".." in path.parts:
+        raise JobError(f"{what}={str(path)!r} leads out of the job's folder; name a file in it, or an absolute path")
+    if path.suffix.lower() not in PLAIN_SUFFIXES:
+        raise JobError(
+            f"{what}={str(path)!r}: a file that travels with a job ends in {', '.join(PLAIN_SUFFIXES)}; others are read"
+            " where they lie, by an absolute path. Or save it again: safetensors.torch.save_file(state_dict, ...)"
+        )
 
 
 def read_checkpoint(path: Path, what: str = "initial_ckpt") -> dict[str, Any]:

@@ -238,7 +238,9 @@ class Agent:
         now = time.monotonic()
         worker.turn(now)
         for key, slot in desk.slots.take():
-            self._guarded(lambda key=key, slot=slot: worker.begin(desk.runs[key], slot))
+            run = desk.runs[key]
+            with desk.answering(run):
+                worker.begin(run, slot)
         collector.turn(now)
         free = desk.free
         more = free - self._told_free
@@ -266,7 +268,8 @@ class Agent:
             return
         match message:
             case Assign():
-                self._assign(message, tail)
+                with desk.answering(*(Run(Work(message, tail), item) for item in message.items)):
+                    self._assign(message, tail)
             case Stored():
                 collector.delivery.stored(message)
             case Cancel():

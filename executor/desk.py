@@ -6,8 +6,9 @@ Everything but `held_refs`, `free` and `post` belongs to the agent's thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -170,6 +171,16 @@ class Desk:
         log.warning("task_failed", job=run.job, site=run.item.site, task=run.work.assign.name, code=code, killed=killed)
         self.link.send(Fail(run.item.task, run.item.attempt, code, clean, retryable, killed))
         self.end(run)
+
+    @contextmanager
+    def answering(self, *runs: Run) -> Generator[None]:
+        """Have these attempts fail, and tried again, where an error that nobody expected would leave them for ever."""
+        try:
+            yield
+        except Exception as error:  # a guard like the loop's own; no task may wait for what has gone wrong here
+            log.exception("task_not_handled", tasks=[run.item.task for run in runs])
+            for run in runs:
+                self.fail(self.runs.get(run.key, run), "internal", f"the executor failed: {error!r}", retryable=True)
 
     def event(self, job: str, site: str, message: Map) -> None:
         """Pass on what user code wants kept about the job."""

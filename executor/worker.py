@@ -287,7 +287,8 @@ class Worker:
         elif message["op"] == "failed":
             self._desk.fail(run, str(message.get("code", "exception")), str(message.get("text", "")))
         else:
-            self._finished(run, message)
+            with self._desk.answering(run):
+                self._finished(run, message)
 
     def abandon(self, run: Run) -> None:
         """The broker wants this attempt no more. Scripts go on to their next `send`, which is thrown away: they have

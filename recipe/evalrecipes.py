@@ -126,7 +126,7 @@ class NumpyCrossSiteEvalRecipe(_EvalRecipe):
         launch_external_process, command, launch_once, client_memory_gc_rounds, cuda_empty_cache: as `FedAvgRecipe`.
         initial_ckpt: a checkpoint, which the matrix has as ``SRV_model``; its array is ``params["numpy_key"]``.
         model_dir: a folder of further models: a relative one lies beside the job script and its files travel with the
-            job, those of an absolute one are read where the job's process runs.
+            job (.npy, .npz or .safetensors), those of an absolute one are read where the job's process runs.
         model_name: name to file in ``model_dir``: a model ``"x"`` is ``SRV_x`` in the matrix. By default
             ``{"server": "server.npy"}``.
         submit_model_timeout, validation_timeout: seconds; 0: no limit.
@@ -194,13 +194,14 @@ def _model_files(job: Job, folder: str | Path | None, names: Mapping[str, str] |
         if names:
             raise JobError(f"model_name={dict(names)!r} without model_dir: name the folder that the files are in")
         return {}
-    from ..controller.checkpoints import check_suffix
+    from ..controller.checkpoints import check_suffix, check_travelling
 
     out: dict[str, str] = {}
     for name, file in (names or _DEFAULT_MODELS).items():
         path = Path(folder).expanduser() / file
         check_suffix(path, f"model_name[{name!r}]")
         if not path.is_absolute():
+            check_travelling(Path(file), f"model_name[{name!r}]")
             job.add_file(path)
         out[name] = str(path) if path.is_absolute() else path.name
     return out

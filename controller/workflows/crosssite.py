@@ -14,7 +14,7 @@ from ...serialization.errors import GatherError, JobError
 from ...serialization.jobspec import CUSTOM_DIR, check_site_name
 from ...serialization.messages import CloseRule, PayloadRef
 from ...serialization.model import FLModel, flatten
-from ..checkpoints import fit, read_checkpoint
+from ..checkpoints import check_travelling, fit, read_checkpoint
 from ..federation import Federation
 from ..gather import Gather, Result
 from ..workflow import Workflow
@@ -192,7 +192,7 @@ class GlobalModelEval(Workflow):
             ref = None if commit is None else commit.model if source == _LAST else commit.best
             assert ref is not None, "the plan's commit has it"
             return ref
-        params = read_checkpoint(self._path(fed, source), f"models[{step.model.removeprefix(SERVER)!r}]")
+        params = self._read(fed, source, f"models[{step.model.removeprefix(SERVER)!r}]")
         return fed.put_model(FLModel(params=params))
 
     def _initial(self, fed: Federation) -> FLModel | None:
@@ -200,14 +200,18 @@ class GlobalModelEval(Workflow):
         model = fed.model(self.initial_model) if self.initial_model is not None else None
         if self.initial_ckpt is None:
             return model
-        params = read_checkpoint(self._path(fed, self.initial_ckpt))
+        params = self._read(fed, self.initial_ckpt, "initial_ckpt")
         return FLModel(params=params if model is None else fit(params, flatten(model.params)[0], "initial_ckpt"))
 
     @staticmethod
-    def _path(fed: Federation, name: str) -> Path:
-        """Where a file that the job names lies: with its code, beside its configuration, or by its absolute path."""
-        beside = fed.app_dir / name
-        return beside if beside.is_file() else fed.app_dir / CUSTOM_DIR / name
+    def _read(fed: Federation, name: str, what: str) -> dict[str, Any]:
+        """A checkpoint that the job names: with its code, beside its configuration, or by its absolute path."""
+        path = Path(name)
+        if not path.is_absolute():
+            check_travelling(path, what)
+            beside = fed.app_dir / path
+            path = beside if beside.is_file() else fed.app_dir / CUSTOM_DIR / path
+        return read_checkpoint(path, what)
 
     def _submissions(self, fed: Federation, step: Step, plan: EvalPlan) -> _Asked | None:
         """The models of the sites of a step's batch."""

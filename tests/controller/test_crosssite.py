@@ -326,6 +326,16 @@ def test_no_model_at_all(farm: Any) -> None:
         GlobalModelEval().run(farm().fed)
 
 
+@pytest.mark.parametrize(
+    ("file", "why"), [("m.pt", "travels with a job ends in"), ("../m.npy", "leads out of the job's folder")]
+)
+def test_a_job_carries_no_files_of_torch_and_none_of_its_neighbours(farm: Any, file: str, why: str) -> None:
+    f = farm()
+    (f.fed.app_dir / file).write_bytes(_npy(np.ones(3, np.float32)))
+    with pytest.raises(JobError, match=why):
+        GlobalModelEval(models={"m": file}).run(f.fed)
+
+
 def test_scores_too_large_for_a_record_are_not_cut(farm: Any, tools: Any) -> None:
     f = farm()
     (f.fed.app_dir / "m.npy").write_bytes(_npy(np.ones(3, np.float32)))

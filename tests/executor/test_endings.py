@@ -102,6 +102,29 @@ def test_metrics_that_no_message_could_carry_fail_the_task(broker, make_agent, w
     assert "at most 32768 go along" in broker.failed("a").text
 
 
+@pytest.mark.parametrize("where", ["assign", "begin", "finished"])
+def test_an_error_of_our_own_fails_the_task_and_leaves_room_for_the_next(broker, make_agent, weights, where):
+    agent = make_agent({"train": lambda model, ctx: FLModel(params=model.params)})
+    owner, name = {
+        "assign": (agent, "_assign"),
+        "begin": (agent._worker, "_begin"),
+        "finished": (agent._worker, "_finished"),
+    }[where]
+    right = getattr(owner, name)
+
+    def wrong(*args):
+        setattr(owner, name, right)
+        raise RuntimeError("nobody thought of this")
+
+    setattr(owner, name, wrong)
+    broker.assign(("a", "site-1"), model=weights(1.0))
+    failed = broker.failed("a")
+    assert (failed.code, failed.retryable) == ("internal", True)
+    assert "nobody thought of this" in failed.text
+    broker.assign(("a", "site-1", 2), model=weights(1.0))
+    assert broker.done("a", 2)
+
+
 def test_what_a_function_raises_always_ends_its_task(broker, make_agent, weights):
     def train(model, ctx):
         if ctx.round == 0:

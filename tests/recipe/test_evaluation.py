@@ -180,6 +180,8 @@ def test_recipes_without_training(here: Path) -> None:
         NumpyCrossSiteEvalRecipe(eval_script="client.py", model_dir=".", model_name={"a": "a.txt"})
     with pytest.raises(JobError, match=r"server\.npy"):
         NumpyCrossSiteEvalRecipe(eval_script="client.py", model_dir=".")
+    with pytest.raises(JobError, match="travels with a job ends in"):
+        NumpyCrossSiteEvalRecipe(eval_script="client.py", model_dir=".", model_name={"a": "a.pt"})
     with pytest.raises(JobError, match="neither model nor eval_ckpt"):
         FedEvalRecipe(min_clients=1, eval_script="client.py")
     with pytest.raises(JobError, match=r"eval_ckpt='none\.npy' not found"):
