@@ -146,11 +146,11 @@ class ClientContext:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left = 3600.0 if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                return False
             try:
-                message = self._inbox.get(timeout=left)
+                message = self._inbox.get(timeout=max(0.0, left))  # with none left, what is there already counts
             except queue.Empty:
+                if left <= 0:
+                    return False
                 continue
             if message["op"] == "stop":
                 self._stopped.set()

@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 
 from ..serialization.envelope import Buffer
+from ..serialization.errors import MixedError
 from ..serialization.messages import DoneItem, PayloadId, PayloadRef, Progress
 from .channel import Map
 from .deliver import Delivery
@@ -151,6 +152,12 @@ class Collector:
                 self._unlink(result)
                 continue
             run = self._desk.runs.get((result.item.task, result.item.attempt))
+            if isinstance(wrong, MixedError) and run is not None:
+                # good by itself: which of a round's results does not go with the others depends on who came first, so
+                # it goes on alone, and the controller sees all of them
+                run.stage = "storing"
+                self._send_single(result)
+                continue
             self._discard(result)
             if run is not None:
                 self._desk.fail(run, "bad_result", f"the result of {run.spec} cannot be folded: {wrong}")

@@ -126,7 +126,10 @@ class ScriptOptions:
             try:
                 words = shlex.split(text)
             except (ValueError, AttributeError, TypeError):
-                raise JobError(f"{what}={text!r}; a command line with closed quotes belongs here") from None
+                raise JobError(
+                    f"{what}={text!r}; a command line with closed quotes belongs here, as one text such as '--lr 0.1';"
+                    " what differs at sites goes into per_site_config"
+                ) from None
             if what == "command" and not words:
                 raise JobError("command is empty; name what starts the script, such as 'python3 -u'")
         number(self.shutdown_timeout, "shutdown_timeout")

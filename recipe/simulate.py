@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..serialization.archive import folder_entries
 from ..serialization.errors import FedloomError, GatherError, JobError, TaskError
-from ..serialization.jobspec import JobSpec, check_site_name
+from ..serialization.jobspec import SITE_CONFIG, JobSpec, check_site_name
 from . import overrides
 from .failures import describe
 from .intake import job_folder
+from .notes import note
 from .options import whole
 from .run import ABORTED, COMPLETED
 from .workspace import previous, run_folder
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 DEFAULT_WORKSPACE = "fedloom-workspace"
 #: As many clients as a simulation without any other word has.
 _DEFAULT_CLIENTS = 2
+#: Fields of `sim.launcher.SimConfig` that these options fill in by themselves.
+_OWN_FIELDS = frozenset(
+    {"job_folder", "workspace", "sites", "threads", "gpu", "seed", "show_progress", "log_level", "log_json"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +145,7 @@ def simulate(options: SimOptions, *, job: Job | None = None, folder: Path | None
 def _simulate(options: SimOptions, job: Job | None, folder: Path | None) -> SimResult:
     spec = job.spec() if job is not None else JobSpec.load(_given(folder))
     sites = options.sites_for(spec)
+    check_named(spec, sites)
     seed = spec.seed if options.seed is None else options.seed
     threads = None if options.num_threads is None else min(len(sites), options.num_threads)
     from ..sim import preload
@@ -152,6 +159,43 @@ def _simulate(options: SimOptions, job: Job | None, folder: Path | None) -> SimR
         preload.end_early()
 
 
+def check_named(spec: JobSpec, sites: Sequence[str]) -> None:
+    """Look for names of clients that are not in the simulation: a name that is misspelled would be ignored.
+
+    Raises:
+        JobError: an evaluation would wait for one.
+    """
+    for workflow in spec.workflows:
+        listed = workflow.args.get("participating_clients")
+        for site in cast("list[Any]", listed) if isinstance(listed, list | tuple) else ():
+            if site not in sites:
+                raise JobError(
+                    f"participating_clients: {site!r} is not among the clients {', '.join(sites)}: name those that are,"
+                    " or leave it out for all"
+                )
+    named = {site for app in spec.site_apps for site in app.sites}
+    for item in (*spec.executors, *spec.client_input, *spec.client_output):
+        named |= set(item.sites)
+    maps = [spec.client_extra.get(SITE_CONFIG), *(item.args.get("aggregation_weights") for item in spec.workflows)]
+    for given in maps:
+        named |= set(cast("Mapping[str, Any]", given)) if isinstance(given, Mapping) else set()
+    if absent := sorted(named - set(sites)):
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        note(
+            f"the job has settings for {', '.join(absent[:5])}{more}, not among the clients of this simulation"
+            f" ({', '.join(sites[:5])}{', ...' if len(sites) > 5 else ''}): they are not used"
+        )
+
+
+def _check_extra(extra: Mapping[str, Any]) -> None:
+    """Look at the settings that `SimEnv` passes on, before the last run's folder is moved."""
+    from ..sim.prepare import SimConfig
+
+    allowed = {item.name for item in fields(SimConfig)} - _OWN_FIELDS
+    if unknown := sorted(extra.keys() - allowed):
+        raise JobError(f"extra: unknown {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")
+
+
 def _run(
     options: SimOptions,
     job: Job | None,
@@ -163,6 +207,7 @@ def _run(
 ) -> SimResult:
     from ..sim.launcher import SimConfig, run_simulation  # only now: it is slow, and what is wrong was said before
 
+    _check_extra(options.extra)
     place = options.workspace_for(spec.name)
     if folder is not None and (inner := folder.expanduser().resolve()).is_relative_to(place):
         folder = previous(place) / inner.relative_to(place)  # the last run's own job: it moves away with it

@@ -61,7 +61,7 @@ def add_site_scripts(
     Raises:
         JobError: no such option, a value that is not allowed, or another ``params_transfer_type`` than the others'.
     """
-    if not isinstance(cast("object", config), Mapping) or not config:
+    if not isinstance(cast("object", config), Mapping):
         raise JobError(f"per_site_config={config!r}; a map of site names to options belongs here")
     for site, given in config.items():
         where = f"per_site_config[{check_site_name(site)!r}]"

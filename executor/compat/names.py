@@ -95,10 +95,13 @@ _POC = "simulate with SimEnv, or start `fedloom broker`, `controller` and `execu
 _PROD = 'there are no startup kits: fedloom.recipe.ProdEnv("tcp://broker:7600") takes the broker\'s endpoint'
 _FILTER = "write a filter of your own and add it with recipe.add_client_output_filter"
 _JOB = "make a recipe, or put a job together with fedloom.recipe.Job"
+_AGGREGATOR = "give the recipe an object with accept_model(), aggregate_model() and reset_stats()"
+_PER_SITE = "call recipe.set_per_site_config({site: {...}}), or give the recipe per_site_config"
 
 LATER_MODULES: dict[str, dict[str, str]] = {
     "nvflare": {"FedJob": _JOB},
     "nvflare.job_config.api": {"FedJob": _JOB},
+    "nvflare.app_common.abstract.aggregator": {"Aggregator": _AGGREGATOR},
     "nvflare.app_common.filters": dict.fromkeys(("ConvertWeights", "PercentilePrivacy", "SVTPrivacy"), _FILTER),
     "nvflare.app_common.filters.percentile_privacy": {"PercentilePrivacy": _FILTER},
     "nvflare.app_common.filters.svt_privacy": {"SVTPrivacy": _FILTER},
@@ -112,7 +115,12 @@ LATER_MODULES: dict[str, dict[str, str]] = {
     "nvflare.app_opt.pt.recipes.fedprox": {"FedProxRecipe": _ALGORITHM},
     "nvflare.app_opt.pt.recipes.scaffold": {"ScaffoldRecipe": _ALGORITHM},
     "nvflare.app_opt.pt.recipes.swarm": {"SwarmLearningRecipe": _ALGORITHM},
-    "nvflare.recipe": {"CyclicRecipe": _ALGORITHM, "PocEnv": _POC, "ProdEnv": _PROD},
+    "nvflare.recipe": {
+        "CyclicRecipe": _ALGORITHM,
+        "PocEnv": _POC,
+        "ProdEnv": _PROD,
+        "set_per_site_config": _PER_SITE,
+    },
     "nvflare.recipe.cyclic": {"CyclicRecipe": _ALGORITHM},
     "nvflare.recipe.poc_env": {"PocEnv": _POC},
     "nvflare.recipe.prod_env": {"ProdEnv": _PROD},

@@ -37,6 +37,7 @@ from ...serialization.model import FLModel
 from ...serialization.payload import encode_model
 from ..job import INITIAL_MODEL
 from ..models import numpy_model
+from ..options import whole
 from .build_model import build_model
 from .convert import (
     PREFIX,
@@ -148,7 +149,7 @@ class _Conversion:
             workflows=tuple(workflows),
             components=tuple(components),
             min_clients=min_clients,
-            num_rounds=sum(int(item.args.get("num_rounds", 0)) for item in workflows) or 1,
+            num_rounds=sum(_rounds(item, server_file) for item in workflows) or 1,
             sites=deployment.sites,
             mandatory_clients=tuple(texts_of(meta.get("mandatory_clients") or [], f"{meta_file}: mandatory_clients")),
             resource_spec=map_of(meta.get("resource_spec") or {}, f"{meta_file}: resource_spec"),
@@ -212,7 +213,7 @@ class _Conversion:
             for at in [f"{file}: workflows[{number}]"]
         ]
         used = {str(part.args.get("model")) for part in listed if part.theirs} | {
-            str(map_of(item, str(file)).get("args", {}).get("aggregator_id", "aggregator")) for item in found
+            str(part_of(item, str(file)).args.get("aggregator_id", "aggregator")) for item in found
         }
         components = left_over(listed, used, self._notes, str(file))
         model = self._initial(listed, parts, app, str(file))
@@ -327,6 +328,10 @@ def _with_transfer(item: Component, apps: Sequence[ClientApp]) -> Component:
     if item.path != FEDAVG or told != {"DIFF"}:
         return item
     return Component(item.path, item.args | {"params_transfer_type": "DIFF"}, item.id)
+
+
+def _rounds(item: Component, file: Path) -> int:
+    return whole(item.args.get("num_rounds", 0), f"{file}: num_rounds of workflow {item.id!r}")
 
 
 def _rest(config: Mapping[str, Any], known: set[str]) -> dict[str, Any]:

@@ -204,7 +204,6 @@ def test_sites_of_their_own(here: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({}, "per_site_config={}; a map of site names"),
         (["site-1"], "per_site_config=['site-1']; a map of site names"),
         ({"a/b": {}}, "site name"),
         ({"site-1": 3}, "per_site_config['site-1']=3; a map of options"),

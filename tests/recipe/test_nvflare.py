@@ -312,6 +312,7 @@ def test_an_app_of_fedlooms_alone(here: Path, tmp_path: Path, capsys: pytest.Cap
     [
         ({"workflows": [{"path": APP + "workflows.scaffold.Scaffold"}]}, {}, "Scaffold has no equivalent in"),
         ({"workflows": [SAG | {"args": {"num_rounds": 1, "start_round": 4}}]}, {}, "start_round=4 has no equivalent"),
+        ({"workflows": [SAG | {"args": {"num_rounds": "three"}}]}, {}, "='three'; a whole number"),
         ({"workflows": [SAG | {"args": {"num_rondes": 1}}]}, {}, "argument 'num_rondes' has no equivalent"),
         ({"workflows": [SAG, {"path": APP + "x.NoSuchThing"}]}, {}, "NoSuchThing has no equivalent in fedloom"),
         ({"components": [MEAN | {"args": {"weigh_by_local_iter": False}}]}, {}, "results are weighted by their steps"),
@@ -332,6 +333,11 @@ def test_what_has_no_equivalent_is_named(tmp_path: Path, server: Any, client: An
     with pytest.raises(JobError) as caught:
         convert_folder(folder, tmp_path / "out", {})
     assert text in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_arguments_may_be_null(tmp_path: Path) -> None:
+    folder = write(tmp_path / "job", server={"workflows": [SAG | {"args": None}]}, name="x")
+    assert converted(folder, tmp_path).workflows[0].args["num_rounds"] == 5
 
 
 def test_folders_that_are_not_jobs(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fedloom.recipe.env import SimEnv
 from fedloom.recipe.logs import check_level
 from fedloom.recipe.overrides import Overrides
-from fedloom.recipe.simulate import SimOptions, compat_hint, simulate
+from fedloom.recipe.simulate import SimOptions, check_named, compat_hint, simulate
 from fedloom.serialization.errors import JobError
 from fedloom.serialization.jobspec import Component, ExecutorSpec, JobSpec
 
@@ -52,6 +52,32 @@ def test_a_client_that_the_job_does_not_name() -> None:
 def test_a_client_that_the_job_cannot_do_without() -> None:
     with pytest.raises(JobError, match="mandatory client 'rome' of job 'a job' is not among the clients berlin"):
         SimOptions(clients=("berlin",)).sites_for(spec(mandatory_clients=("rome",)))
+
+
+def test_names_of_clients_that_are_not_simulated_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that is misspelled would be ignored; an evaluation would wait for it."""
+    script = Component("fedloom.executor.script.ScriptExecutor", {"task_script_path": "client.py"})
+    executors = (ExecutorSpec(("*",), script), ExecutorSpec(("*",), script, ("site1",)))
+    weighted = Component("fedloom.controller.workflows.fedavg.FedAvg", {"aggregation_weights": {"oslo": 2.0}})
+    check_named(spec(), ["site-1"])
+    assert not capsys.readouterr().err
+    job = spec(workflows=(weighted,), executors=executors, client_extra={"site_config": {"rome": {}, "site-1": {}}})
+    check_named(job, ["site-1"])
+    assert "settings for oslo, rome, site1, not among the clients" in capsys.readouterr().err
+    cross = Component("fedloom.controller.workflows.crosssite.CrossSiteEval", {"participating_clients": ["site-9"]})
+    with pytest.raises(JobError, match="participating_clients: 'site-9' is not among the clients site-1, site-2"):
+        check_named(spec(workflows=(cross,)), ["site-1", "site-2"])
+
+
+def test_an_extra_setting_that_there_is_not_is_said_before_the_last_run_is_moved(tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    job = spec(name="x")
+    job.write(folder)
+    (job.custom_dir(folder) / "client.py").write_text("")
+    env = SimEnv(num_clients=1, workspace_root=tmp_path / "ws", extra={"timeout": 5})
+    with pytest.raises(JobError, match=r"extra: unknown 'timeout'; allowed are .*timeout_s"):
+        simulate(env.options, folder=folder)
+    assert not (tmp_path / "ws").exists()
 
 
 def test_too_many_and_too_few() -> None:

@@ -23,6 +23,8 @@ HERE = Path(__file__).parent
 REGRESSIONS = HERE / "regressions.txt"
 #: A run whose seed divides this is run twice, to see that it is the same run.
 _TWICE = 100
+#: Schedules of one process: what a thousand of them leave in memory makes the next ones slower.
+_A_WORKER = 500
 _STUCK_S = 120.0
 
 
@@ -111,8 +113,13 @@ def _start(order: dict[str, Any]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONHASHSEED": "0"})
 
 
-def _figures(workers: list[subprocess.Popen[str]]) -> Iterator[dict[str, Any]]:
-    """What the workers say, as they say it.
+def _figures(orders: list[dict[str, Any]], jobs: int) -> Iterator[dict[str, Any]]:
+    """What the workers for these orders say, so many of them at a time."""
+    return _told([_start(order) for order in orders[:jobs]], orders[jobs:])
+
+
+def _told(workers: list[subprocess.Popen[str]], orders: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What the workers say, as they say it; one that is done makes room for the next order's.
 
     Raises:
         RuntimeError: one of them died.
@@ -132,6 +139,9 @@ def _figures(workers: list[subprocess.Popen[str]]) -> Iterator[dict[str, Any]]:
                 selector.unregister(key.fileobj)
                 if key.data.wait() != 0:
                     raise RuntimeError(f"a worker ended with {key.data.returncode}")
+                if orders:
+                    workers.append(worker := _start(orders.pop(0)))
+                    selector.register(worker.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
     finally:
         for worker in workers:
             worker.kill()
@@ -158,18 +168,21 @@ def _one(line: str, verbose: bool) -> int:
 def _many(args: argparse.Namespace, lines: list[str] | None) -> int:
     started = time.monotonic()
     jobs = max(1, min(args.jobs, len(lines) if lines is not None else args.schedules))
-    orders: list[dict[str, Any]] = [
-        {"lines": lines[n::jobs]}
+    stop = args.first + args.schedules
+    orders: list[dict[str, Any]] = (
+        [{"lines": lines[n::jobs]} for n in range(jobs)]
         if lines is not None
-        else {"first": args.first + n, "stop": args.first + args.schedules, "stride": jobs, "variant": args.variant}
-        for n in range(jobs)
-    ]
+        else [
+            {"first": first, "stop": min(stop, first + _A_WORKER), "stride": 1, "variant": args.variant}
+            for first in range(args.first, stop, _A_WORKER)
+        ]
+    )
     total: Counter[str] = Counter()
     faults: Counter[str] = Counter()
     hits: Counter[str] = Counter()
     most: dict[str, int] = {}
     broken: list[str] = []
-    for figures in _figures([_start(order) for order in orders]):
+    for figures in _figures(orders, jobs):
         total["schedules"] += 1
         for name in ("steps", "executions", "refusals", "virtual_ms"):
             total[name] += figures[name]
@@ -219,7 +232,7 @@ def _mutations(args: argparse.Namespace) -> int:
         for name, worker in started:
             count, found, plan = 0, "", ""
             try:
-                for figures in _figures([worker]):
+                for figures in _told([worker], []):
                     if "machine" in figures:
                         count, found = _machine(name, figures["machine"])
                     elif "begins" in figures:
