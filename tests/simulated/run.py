@@ -182,26 +182,29 @@ def _many(args: argparse.Namespace, lines: list[str] | None) -> int:
     hits: Counter[str] = Counter()
     most: dict[str, int] = {}
     broken: list[str] = []
-    for figures in _figures(orders, jobs):
-        total["schedules"] += 1
-        for name in ("steps", "executions", "refusals", "virtual_ms"):
-            total[name] += figures[name]
-        faults.update(figures["faults"])
-        hits.update(figures["hits"])
-        for name, seen in figures["most"].items():
-            most[name] = max(most.get(name, 0), seen)
-        if figures["broken"]:
-            broken.append(figures["plan"])
-            print(f"\nBROKEN {figures['plan']}\n{figures['broken'][0]}\n", flush=True)
-        if sys.stdout.isatty() or total["schedules"] % 2000 == 0:
-            print(f"\r{total['schedules']} schedules, {len(broken)} broken", end="", flush=True)
+    try:
+        for figures in _figures(orders, jobs):
+            total["schedules"] += 1
+            for name in ("steps", "executions", "refusals", "virtual_ms"):
+                total[name] += figures[name]
+            faults.update(figures["faults"])
+            hits.update(figures["hits"])
+            for name, seen in figures["most"].items():
+                most[name] = max(most.get(name, 0), seen)
+            if figures["broken"]:
+                broken.append(figures["plan"])
+                print(f"\nBROKEN {figures['plan']}\n{figures['broken'][0]}\n", flush=True)
+            if sys.stdout.isatty() or total["schedules"] % 2000 == 0:
+                print(f"\r{total['schedules']} schedules, {len(broken)} broken", end="", flush=True)
+    except KeyboardInterrupt:  # what was seen is shown all the same
+        broken.append(f"interrupted after {total['schedules']} schedules")
     wall = time.monotonic() - started
     _report(total, faults, hits, most, wall)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         values = {"total": total, "faults": faults, "hits": hits, "most": most, "broken": broken, "seconds": wall}
         args.json.write_text(json.dumps(values, indent=1))
-    for line in broken:
+    for line in (line for line in broken if not line.startswith("interrupted")):
         print(f"add to {REGRESSIONS.name}: {line}")
     return bool(broken)
 
