@@ -156,6 +156,15 @@ def test_receive_with_a_timeout_and_shutdown(agent):
     assert agent.heard.get(timeout=10)["op"] == "leaving"
 
 
+def test_a_script_may_look_for_a_task_without_waiting(agent):
+    flare.install(agent.context())
+    agent.task()
+    deadline = time.monotonic() + 10
+    while (model := flare.receive(timeout=0)) is None:
+        assert time.monotonic() < deadline
+    assert model.params is not None
+
+
 def test_log_and_config(agent):
     agent.task(config={"lr": 0.5})
     flare.install(agent.context(transfer_type="DIFF"))

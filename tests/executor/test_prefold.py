@@ -9,6 +9,7 @@ from fedloom.executor import collector, prefold
 from fedloom.executor.deliver import fit_items
 from fedloom.executor.prefold import Batches, Result
 from fedloom.serialization.codec import encode_fields, pack
+from fedloom.serialization.errors import MixedError
 from fedloom.serialization.fold import Fold, FoldPlan
 from fedloom.serialization.messages import Cancel, Done, DoneItem, Fail, Ping, Progress, Refusal, Stored
 from fedloom.serialization.model import FLModel
@@ -60,11 +61,13 @@ def test_a_partials_items_fit_one_message_whatever_their_meta():
 def pool(broker, make_agent):
     """A pool of sites whose function adds site-dependent noise; ``fold_args`` for an Assign."""
 
-    def make(sites: int = 12, bad: str = "", big: int = 0, **config):
+    def make(sites: int = 12, bad: str = "", diff: str = "", **config):
         names = tuple(f"site-{i}" for i in range(1, sites + 1))
 
         def train(model, ctx):
             rng = np.random.default_rng(ctx.seed)
+            if ctx.site == diff:
+                return FLModel(params=model.params, params_type="DIFF", meta={"NUM_STEPS_CURRENT_ROUND": 1})
             w = model.params["w"] + rng.normal(size=10_000).astype(np.float32)
             if ctx.site == bad:
                 w = w[:10]
@@ -138,6 +141,18 @@ def test_a_result_that_does_not_fit_fails_alone(broker, pool):
             broker.done(f"t-{site}")
     fold = fold_all(broker, plan)
     assert fold.count == 11
+
+
+def test_a_result_that_only_does_not_go_with_the_others_reaches_the_controller(broker, pool):
+    """Which of them it is depends on who came first: no executor may choose, and the controller ends the job."""
+    _, names, plan, fields = pool(diff="site-3", sites=4, capacity=1)
+    order = ["site-1", "site-3", "site-2", "site-4"]
+    broker.assign(*[(f"t-{s}", s) for s in order], model=FLModel(params=BASE), **fields)
+    for site in names:
+        broker.done(f"t-{site}")
+    assert not [m for m, _ in broker.messages if isinstance(m, Fail)]
+    with pytest.raises(MixedError, match="site-3"):
+        fold_all(broker, plan)
 
 
 def test_a_refused_partial_gives_all_of_its_tasks_back(broker, pool):
