@@ -64,6 +64,8 @@ class Host:
     run: Run | None = None
     connections: dict[str, int] = field(default_factory=dict[str, int])  # by role
     sent: int = 0
+    last_round: int = 0  # of the task that was answered last
+    told: bool = False  # that answer was its failure: the end of its process is no news
     waiting_since: float = 0.0
     end_by: float = float("inf")  # killed then
     dead_at: float = 0.0
@@ -201,7 +203,7 @@ class HostPool:
         if host is None:
             self._channel.disconnect(connection)
             return
-        if self._closing and message is not None and message["op"] != "event":
+        if self._closing and message is not None and message["op"] != "event" and not _of_no_task(message):
             return  # its answer comes too late: the attempt is another's
         if message is None:
             if host.connections.get(role) == connection:
@@ -225,7 +227,7 @@ class HostPool:
             case "leaving":
                 host.left = True
                 self._retire(host)
-            case "failed" if not message.get("task"):
+            case "failed" if _of_no_task(message):
                 host.failure = (str(message.get("code", "exception")), str(message.get("text", "")))
                 self._retire(host)
             case _:
@@ -251,6 +253,8 @@ class HostPool:
 
     def answered(self, host: Host) -> None:
         """Its task is over, with a result or without."""
+        if host.run is not None:
+            host.last_round = host.run.work.assign.round
         host.run = None
         host.sent += 1
         host.state = "settling"
@@ -322,5 +326,13 @@ class HostPool:
         deadline = time.monotonic() + _LAST_WORDS_S
         while drain is not None and any(host.connections for host in self.hosts()) and time.monotonic() < deadline:
             drain(0.05)
+        for host in self.hosts():
+            if host.failure is not None and host.run is None:
+                self._ended(host)  # it failed behind its last task: still to be told
         self._by_id.clear()
         self._by_key.clear()
+
+
+def _of_no_task(message: Map) -> bool:
+    """Whether a host says that it failed with no task in hand."""
+    return message["op"] == "failed" and not message.get("task")

@@ -217,7 +217,7 @@ class Worker:
             self._thrown_away(run)
         elif run is not None and run.key in self._desk.runs:
             self._unanswered(host, run, text, killed)
-        elif host.failure is not None or (killed and not host.stopping):
+        elif host.failure is not None or (killed and not host.stopping and not host.told):
             self._unheard(host, host.failure[1] if host.failure is not None else f"its process {text}")
         for left in host.leftovers:
             left.unlink(missing_ok=True)
@@ -249,8 +249,9 @@ class Worker:
     def _unheard(self, host: Host, text: str) -> None:
         """A host failed with no task in hand: nobody waits for a result, and yet its user must see it."""
         site = host.plan.lane.partition("/")[2]
-        log.warning("host_failed_between_tasks", job=host.plan.job, site=site, text=text)
-        event = {"kind": "script_error", "data": {"text": text[-4000:]}}
+        last = text.strip().rpartition("\n")[2]  # the whole of it is in the site's own log, and in the run's failures
+        log.warning("host_failed_between_tasks", job=host.plan.job, site=site, text=last)
+        event = {"kind": "script_error", "data": {"text": text[-4000:], "round": host.last_round}}
         self._desk.event(host.plan.job, site, event)
 
     def _again(self, run: Run) -> None:
@@ -281,6 +282,7 @@ class Worker:
         if (message.get("task"), message.get("attempt")) != run.key:
             return
         if host is not None:
+            host.told = message["op"] == "failed"
             hosts.answered(host)
         if run.key not in self._desk.runs or run.cancelled:
             self._thrown_away(run)

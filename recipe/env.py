@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import overrides
-from .failures import SiteFailure, failures_of
+from .failures import SiteFailure, failures_of, script_errors
 from .logs import check_level
 from .options import whole
 from .run import Run
@@ -202,7 +202,8 @@ class BrokerBackend:
 
     def failures(self) -> list[SiteFailure]:
         with self._env.open() as client:
-            return failures_of(client.rounds(self._job_id), client.info(self._job_id).reason)
+            found = failures_of(client.rounds(self._job_id), client.info(self._job_id).reason)
+            return [*found, *script_errors(client.events(self._job_id))]
 
     def abort(self) -> None:
         with self._env.open() as client:

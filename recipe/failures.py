@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,16 +13,19 @@ _REASON = re.compile(
     r"\A(?:round (?P<round>\d+))?[^\n]*\n(?P<site>[A-Za-z0-9][\w.-]{0,127}): (?P<code>[\w-]+)\n(?P<text>.*)\Z",
     re.DOTALL,
 )
+#: The kind of event, and the code of a failure, of a script that failed with no task in hand: behind its `send`.
+SCRIPT_ERROR = "script_error"
 _MAX_SHOWN = 5
 _MAX_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
 class SiteFailure:
-    """A site whose task ended without a result.
+    """A site whose task ended without a result, or whose script failed when it had sent one.
 
     Attributes:
-        code: what happened in a word, such as "exception", "killed", "timeout" or "refused".
+        code: what happened in a word, such as "exception", "killed", "timeout", "refused", or "script_error" where
+            the result was there already.
         text: the site's own traceback where its code raised.
         round: the round in which it happened, from 0.
     """
@@ -44,20 +48,33 @@ def failures_of(records: Iterable[dict[str, Any]], reason: str = "") -> list[Sit
     return found
 
 
+def script_errors(events: Iterable[dict[str, Any]]) -> Iterator[SiteFailure]:
+    """The scripts that failed with no task in hand, out of a job's events; the round is that of their last result."""
+    for event in events:
+        if event.get("kind") == SCRIPT_ERROR:
+            data = cast("dict[str, Any]", event.get("data") or {})
+            text = sys.intern(str(data.get("text") or ""))  # the same mistake in every round is held once
+            yield SiteFailure(str(event.get("site") or ""), SCRIPT_ERROR, text, int(data.get("round") or 0))
+
+
 def describe(failures: Sequence[SiteFailure]) -> str:
     """A few sites with their tracebacks, the others by name; rounds counted from 1, as progress counts them."""
     by_site: dict[str, list[SiteFailure]] = {}
     for failure in failures:
         by_site.setdefault(failure.site, []).append(failure)
     sites = sorted(by_site)
-    parts = [
-        f"{site} failed in {_rounds(by_site[site])}; the job went on without it:\n{_text(by_site[site][0])}"
-        for site in sites[:_MAX_SHOWN]
-    ]
+    parts = [f"{_what(by_site[site])}:\n{_text(by_site[site][0])}" for site in sites[:_MAX_SHOWN]]
     if others := sites[_MAX_SHOWN:]:
         more = f" and {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
         parts.append(f"so did {', '.join(others[:_MAX_NAMED])}{more}")
     return "\n".join(parts)
+
+
+def _what(failures: Sequence[SiteFailure]) -> str:
+    site, rounds = failures[0].site, _rounds(failures)
+    if all(failure.code == SCRIPT_ERROR for failure in failures):
+        return f"the script of {site} failed after it had sent its result of {rounds}"
+    return f"{site} failed in {rounds}; the job went on without it"
 
 
 def _text(failure: SiteFailure) -> str:

@@ -29,6 +29,7 @@ from ..serialization.errors import FaultError, JobError, StorageError
 from ..serialization.jobmessages import POINTS_KIND
 from ..serialization.messages import PayloadRef
 from .client import JobInfo
+from .failures import SiteFailure, script_errors
 from .matrix import is_evaluation, summary_of, write_matrix
 from .naming import BEST_MODEL_FILE, MODEL_FILE, folder_name, name_in, save_under_name
 from .points import PointFile, event_words
@@ -50,10 +51,19 @@ class ResultSource(Protocol):
     def fetch(self, ref: PayloadRef, dest: Path) -> Path: ...
 
 
-def write_results(source: ResultSource, job_id: str, dest: Path, *, logs: bool = True, export: bool = False) -> Path:
+def write_results(
+    source: ResultSource,
+    job_id: str,
+    dest: Path,
+    *,
+    logs: bool = True,
+    export: bool = False,
+    errors: list[SiteFailure] | None = None,
+) -> Path:
     """Write a job's result folder, of a job that runs too; ``logs=False`` leaves those that are there already.
 
-    With ``export`` what scripts logged goes to the trackers of the job as well, once it has ended.
+    With ``export`` what scripts logged goes to the trackers of the job as well, once it has ended. The scripts that
+    failed behind their `send` are added to ``errors``: they stand among the events, which are read once.
 
     Raises:
         JobError: ``dest`` holds something that fedloom did not make.
@@ -80,13 +90,14 @@ def write_results(source: ResultSource, job_id: str, dest: Path, *, logs: bool =
         for site in sorted(set(info.sites) | _sites(records)):
             (dest / "sites" / folder_name(site)).mkdir(exist_ok=True)
         points = PointFile(dest)
-        others = points.passing(source.events(job_id))
+        errors = [] if errors is None else errors
+        others = _noting(points.passing(source.events(job_id)), errors)
         if logs:
             _write_logs(others, dest / "logs")
         for _ in others:  # all of them pass, whoever looks
             pass
         write_tracking(dest, info.job_id, records, points.reader, export=export and info.ended)
-        whole = summary(info, records, dest) | {"tracking": points.summary()}
+        whole = summary(info, records, dest, len(errors)) | {"tracking": points.summary()}
         whole |= {"cross_site_val": summary_of(matrix)} if matrix else {}
         _write_text(dest / SUMMARY_FILE, json.dumps(whole, indent=2) + "\n")
     except OSError as error:
@@ -94,8 +105,12 @@ def write_results(source: ResultSource, job_id: str, dest: Path, *, logs: bool =
     return dest
 
 
-def summary(info: JobInfo, records: list[dict[str, Any]], dest: Path) -> dict[str, Any]:
-    """What summary.json holds: the job, its last metrics, totals over the rounds, and the files beside it."""
+def summary(info: JobInfo, records: list[dict[str, Any]], dest: Path, errors: int = 0) -> dict[str, Any]:
+    """What summary.json holds: the job, its last metrics, totals over the rounds, and the files beside it.
+
+    Args:
+        errors: scripts that failed behind their `send`, which no round's record has.
+    """
     trained = [record for record in records if not is_evaluation(record)]
     last = trained[-1] if trained else {}
     # a round's metrics are the sites' scores of the model that they received: the round before's
@@ -111,7 +126,7 @@ def summary(info: JobInfo, records: list[dict[str, Any]], dest: Path) -> dict[st
         "best_round": best[-1] if best else None,
         "stopped_early": next((text for record in records if (text := record.get("stopped_early"))), None),
         "results": sum(int(record.get("results") or 0) for record in records),
-        "failures": sum(len(record.get("failures") or ()) for record in records),
+        "failures": errors + sum(len(record.get("failures") or ()) for record in records),
         "bytes": sum(int(record.get("bytes") or 0) for record in records),
         "files": {
             name: (dest / name).stat().st_size
@@ -119,6 +134,12 @@ def summary(info: JobInfo, records: list[dict[str, Any]], dest: Path) -> dict[st
             if name is not None and (dest / name).is_file()
         },
     }
+
+
+def _noting(events: Iterable[dict[str, Any]], errors: list[SiteFailure]) -> Iterator[dict[str, Any]]:
+    for event in events:
+        errors.extend(script_errors([event]))
+        yield event
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from ..serialization.errors import LinkError, LinkTimeout
 from ..serialization.jobspec import JobSpec
 from ..serialization.messages import Hello
 from ..serialization.processes import setup_logging
+from .committed import Committed
 from .forkserver.warm import Warm
 from .gpus import parse_gpus, slots, worker_count
 from .interrupts import Shield, interruptible
@@ -76,7 +77,8 @@ class SimResult:
 def run_simulation(config: SimConfig) -> SimResult:
     """Run a job to its end. A job that fails is a result too; what keeps it from running is an exception.
 
-    Ctrl-C and SIGTERM end every process within a second and raise KeyboardInterrupt.
+    Ctrl-C and SIGTERM end every process within about a second and raise KeyboardInterrupt. Whatever ends it early, the
+    results of the committed rounds are written first, in at most a second more; a note of the error says where.
 
     Raises:
         JobError: the job, its sites, the GPUs or the workspace are not what they must be.
@@ -132,7 +134,9 @@ class _Run:
         from ..recipe.client import JobClient
 
         pipeline = Pipeline(warm, settings, self._died.set)
+        committed = Committed(pipeline, self._workspace)
         stack.callback(self._shield.run, lambda: self._leave(pipeline))
+        stack.callback(self._shield.run, committed.clear)
         stack.callback(self._shield.run, warm.close)  # nobody writes any more when the files are moved
         if self._config.show_progress:
             self._reporter = make_reporter(sys.stderr, key_metric=self._key_metric)
@@ -144,6 +148,7 @@ class _Run:
         client = JobClient(pipeline.endpoint, link=link, timeout_s=_SILENCE_S)
         with _deaths_told(pipeline):
             job_id = client.submit(self._workspace / "job")
+        with committed.kept(job_id, self._records), _deaths_told(pipeline):
             self._show_files(pipeline, job_id)
             info = self._watch(client, pipeline, job_id)
             failures = self._failures(pipeline, info)
@@ -242,7 +247,9 @@ class _Run:
         if not pipeline.end_agent(self._config.grace_s):
             log.warning("scripts_killed", job=info.job_id, after_s=self._config.grace_s)
         self._keep_files(pipeline, info.job_id)
-        write_results(client, info.job_id, self._workspace, logs=False, export=True)
+        errors: list[SiteFailure] = []
+        write_results(client, info.job_id, self._workspace, logs=False, export=True, errors=errors)
+        told = (replace(error, text=self._lasting(pipeline, info, error.text)) for error in errors)
         pipeline.stopping()
         if self._config.show_progress:
             names = (MODEL_FILE, BEST_MODEL_FILE, METRICS_FILE, f"{FOLDER}/{JSON_FILE}")
@@ -258,7 +265,7 @@ class _Run:
             self._lasting(pipeline, info, info.reason),
             self._workspace,
             tuple(self._records),
-            failures,
+            tuple(dict.fromkeys((*failures, *told))),
             seconds,
         )
 

@@ -160,6 +160,12 @@ class Pipeline:
         """The process ids by role."""
         return {role: process.pid for role, process in self._processes.items()}
 
+    @property
+    def answers(self) -> bool:
+        """Whether the broker, which holds what was committed, still lives."""
+        broker = self._processes.get("broker")
+        return not self._warm.lost and broker is not None and broker.poll() is None
+
     def check(self) -> None:
         """See whether all of it still runs.
 

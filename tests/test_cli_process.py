@@ -61,6 +61,22 @@ def fedloom(*args: str | Path, cwd: Path, code: int = 0) -> subprocess.Completed
     return done
 
 
+@pytest.mark.parametrize(
+    ("place", "rounds"), [("    raise ValueError('too late')", 3), ("raise ValueError('too late')", 1)]
+)
+def test_a_client_that_fails_behind_its_result_is_seen(folder: Path, place: str, rounds: int) -> None:
+    """Within the loop it fails in each round, behind the loop once; the job has all results in both cases."""
+    (folder / "client.py").write_text(f"{CLIENT}{place}\n")
+    done = fedloom("sim", "job.py", "-w", "ws", cwd=folder, code=1)
+    assert "Job Status is: FINISHED:COMPLETED" in done.stdout
+    assert "the script of site-1 failed after it had sent its result of " in done.stderr
+    assert "\nTraceback (most recent call last)" in done.stderr and "\nValueError: too late" in done.stderr
+    assert str(folder / "ws" / "add one" / "job") in done.stderr, "the traceback leads to what stays"
+    assert "\\n" not in done.stderr
+    (summary,) = (folder / "ws").rglob("summary.json")
+    assert json.loads(summary.read_text())["failures"] == 2 * rounds
+
+
 def check_result(folder: Path, sites: int = 2) -> None:
     import numpy as np
     from safetensors.numpy import load_file

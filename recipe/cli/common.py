@@ -73,8 +73,10 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except FedloomError as error:
             fail(error)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             typer.echo("interrupted", err=True)
+            for note in getattr(stop, "__notes__", ()):
+                typer.echo(f"  {note}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:  # whoever read our output has stopped: `fedloom job list | head`
             sys.stderr.close()

@@ -374,6 +374,28 @@ while flare.is_running():
         assert broker.done(f"a{round}").meta["metrics"] == {"round": round}
     event = broker.wait(lambda m, _: isinstance(m, Event) and m.kind == "script_error")[0]
     assert "too late" in event.data["text"] and event.site == "site-1"
+    second = broker.wait(lambda m, _: isinstance(m, Event) and m.kind == "script_error" and m.data["round"] == 1)[0]
+    assert event.data["round"] == 0 and "Traceback" in second.data["text"]
+
+
+def test_a_script_that_fails_when_the_agent_stops_is_seen(broker, make_agent, make_job, weights):
+    script = """
+import fedloom.client as flare
+flare.init()
+while flare.is_running():
+    m = flare.receive()
+    if m is None:
+        break
+    flare.send(flare.FLModel(params=m.params, metrics={"round": m.current_round}))
+raise RuntimeError("behind the loop")
+"""
+    archive = make_job({"client.py": script})
+    agent = make_agent()
+    broker.assign(("a", "site-1"), round=0, model=weights(1.0), archive=archive)
+    broker.done("a")
+    agent.stop(10.0)
+    event = broker.wait(lambda m, _: isinstance(m, Event) and m.kind == "script_error")[0]
+    assert "behind the loop" in event.data["text"] and event.site == "site-1"
 
 
 def test_a_script_without_a_loop_serves_one_task_a_start(broker, make_agent, make_job, weights):

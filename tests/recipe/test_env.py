@@ -200,6 +200,10 @@ def test_prod_env(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def rounds(self, job_id: str) -> list[dict[str, Any]]:
             return [{"round": 0, "failures": [{"site": "site-2", "code": "timeout", "text": "late"}]}]
 
+        def events(self, job_id: str) -> list[dict[str, Any]]:
+            late = {"text": "Traceback: ValueError: too late", "round": 1}
+            return [{"kind": "log", "text": "x"}, {"kind": "script_error", "site": "site-1", "data": late}]
+
         def abort(self, job_id: str) -> None:
             asked.append(("abort", job_id))
 
@@ -210,7 +214,10 @@ def test_prod_env(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.wait(5) == "FINISHED:COMPLETED"
     assert run.get_result(timeout=0) == here / "res" / "j-1"
     assert [record["round"] for record in run.metrics()] == [0]
-    assert run.failures() == [SiteFailure("site-2", "timeout", "late", 0)]
+    assert run.failures() == [
+        SiteFailure("site-2", "timeout", "late", 0),
+        SiteFailure("site-1", "script_error", "Traceback: ValueError: too late", 1),
+    ]
     run.abort()
     assert [item for item in asked if item[0] in ("wait", "abort")] == [("wait", 5), ("wait", None), ("abort", "j-1")]
     with pytest.raises(JobError, match="timeout=-1"):

@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
+from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.process
 
@@ -140,6 +143,61 @@ def test_ctrl_c_leaves_nothing(script: Script) -> None:
     assert child.wait(10) == 130
     script.children.gone(2)
     assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("by", ["ctrl-c", "agent's death"])
+def test_an_early_end_keeps_the_committed_rounds(script: Script, by: str) -> None:
+    """The third round never ends; what the first two came to is there, and said to be."""
+    child = _third_round(script)
+    folder = script.folder / "runs/mistake"
+    if by == "ctrl-c":
+        started = time.monotonic()
+        child.interrupt()
+        assert child.wait(10) == 130
+        assert time.monotonic() - started < 3
+        assert "interrupted\n" in child.text
+    else:
+        os.kill(_pid_of(script, "agent"), signal.SIGKILL)
+        assert child.wait(20) == 1
+        assert "agent process" in child.text
+    script.children.gone(2)
+    assert f"results of the committed rounds: {folder}" in child.text
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["round"] for record in records] == [0, 1]
+    np.testing.assert_array_equal(load_file(folder / "model.safetensors")["numpy_key"], [[3.0, 4.0], [5.0, 6.0]])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["round"], summary["rounds"]) == ("FINISHED:ABORTED", 2, 5)
+    assert not (folder / ".sim").exists()
+    assert not [path for path in folder.iterdir() if path.suffix in (".copy", ".part")]
+
+
+def test_ctrl_c_does_not_wait_for_a_broker_that_hangs(script: Script) -> None:
+    child = _third_round(script)
+    os.kill(_pid_of(script, "broker"), signal.SIGSTOP)
+    started = time.monotonic()
+    child.interrupt()
+    assert child.wait(10) == 130
+    assert time.monotonic() - started < 4
+    script.children.gone(2)
+    assert "interrupted\n  the results of the committed rounds are not kept: " in child.text
+    assert not (script.folder / "runs/mistake/.sim").exists()
+
+
+def _third_round(script: Script) -> Any:
+    """A simulation that has committed two rounds and never ends the third."""
+    script.write("if value[0, 0] == 3: import time; time.sleep(600)\n    value = value + 1")
+    job = script.folder / "job.py"
+    job.write_text(job.read_text().replace("num_rounds=2", "num_rounds=5"))
+    child = script.children.fedloom("sim", "job.py", cwd=script.folder)
+    child.says("round 2/5", 40)
+    return child
+
+
+def _pid_of(script: Script, role: str) -> int:
+    log = str((script.folder / f"runs/mistake/.sim/logs/{role}.log").resolve())
+    open_files = {pid: psutil.Process(pid).open_files() for pid in script.children.alive()}
+    (found,) = [pid for pid, files in open_files.items() if any(file.path == log for file in files)]
+    return found
 
 
 def test_killed_launcher_leaves_no_orphans(script: Script) -> None:
