@@ -269,8 +269,8 @@ class Journal:
             over = max(0, points + others - keep)
             of_points = min(over, max(0, points - keep // 2))
             for kind, number in zip(kinds, (of_points, over - of_points), strict=True):
-                oldest = f"SELECT seq FROM events WHERE job=? AND {kind} ORDER BY seq LIMIT ?"  # noqa: S608
-                delete = f"DELETE FROM events WHERE job=? AND seq IN ({oldest})"  # noqa: S608
+                oldest = f"SELECT seq FROM events WHERE job=? AND {kind} ORDER BY seq LIMIT ?"  # noqa: S608 - of two kinds above
+                delete = f"DELETE FROM events WHERE job=? AND seq IN ({oldest})"  # noqa: S608 - the line before
                 self._db.execute(delete, (job, job, POINTS_KIND, number))
         return over
 

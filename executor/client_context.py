@@ -105,20 +105,7 @@ class ClientContext:
         else:
             result = write_result(model, spec, self._state)
             self._points.flush()  # what was logged for a result is there before it
-            self._channel.send(
-                {
-                    "op": "result",
-                    "task": spec.task,
-                    "attempt": spec.attempt,
-                    "size": result.size,
-                    "digest": result.digest,
-                    "meta": result.meta,
-                    "data": result.data,
-                    "path": result.path,
-                    "wrote_state": result.wrote_state,
-                    "run_s": time.monotonic() - self._started_s,
-                }
-            )
+            self._channel.send(result.to_map(spec, time.monotonic() - self._started_s))
         self._open = False
         self._state = None
         self._sent += 1

@@ -221,18 +221,7 @@ def run_task(
         text = user_traceback(error)
         print(text, file=sys.stderr, flush=True)
         return failed | {"code": "exception", "text": tail_text(text)}
-    return {
-        "op": "result",
-        "task": spec.task,
-        "attempt": spec.attempt,
-        "size": result.size,
-        "digest": result.digest,
-        "meta": result.meta,
-        "data": result.data,
-        "path": result.path,
-        "wrote_state": result.wrote_state,
-        "run_s": time.monotonic() - started,
-    }
+    return result.to_map(spec, time.monotonic() - started)
 
 
 def run_functions(channel: Channel, start: Map) -> int:

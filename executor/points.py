@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from ..serialization.codec import check_plain, pack
 from ..serialization.errors import CodecError, LinkError
@@ -52,7 +52,7 @@ def make_point(key: str, value: Any, data_type: object, round: int | None, extra
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        return {str(name): _plain(item) for name, item in cast("dict[Any, Any]", value).items()}
     if not isinstance(value, (bool, int, float, str)) and callable(getattr(value, "item", None)):
         try:
             value = value.item()

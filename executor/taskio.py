@@ -122,6 +122,21 @@ class TaskResult:
     path: str
     wrote_state: bool
 
+    def to_map(self, spec: TaskSpec, run_s: float) -> dict[str, Any]:
+        """As it travels on the channel, with the seconds that it took."""
+        return {
+            "op": "result",
+            "task": spec.task,
+            "attempt": spec.attempt,
+            "size": self.size,
+            "digest": self.digest,
+            "meta": self.meta,
+            "data": self.data,
+            "path": self.path,
+            "wrote_state": self.wrote_state,
+            "run_s": run_s,
+        }
+
 
 def write_result(result: object, spec: TaskSpec, state: SiteState | None = None) -> TaskResult:
     """Check what user code returned, take the difference where the job asks for DIFF, and encode it.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from .client_api import current
 from .client_context import ClientError
@@ -114,7 +114,7 @@ class WandBWriter(_Writer):
 def _map(values: Any, call: str) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise ClientError(f"{call}({type(values).__name__}): a dict of names and values belongs here")
-    return {str(name): value for name, value in values.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return {str(name): value for name, value in cast("Mapping[Any, Any]", values).items()}
 
 
 def _text(value: Any) -> Any:

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .matrix import is_evaluation
 from .naming import folder_name
@@ -75,7 +75,8 @@ def _of_point(point: Point, at: float) -> Iterator[bytes]:
     elif point["type"] == "PARAMETER":
         yield text_event(at, step, point["key"], str(point["value"]))
     elif point["type"] == "PARAMETERS" and isinstance(point["value"], dict):
-        rows = "".join(f"| {name} | {value} |\n" for name, value in point["value"].items())  # pyright: ignore[reportUnknownVariableType]
+        values = cast("dict[str, Any]", point["value"])
+        rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
         yield text_event(at, step, point["key"], "| name | value |\n|---|---|\n" + rows)
 
 
