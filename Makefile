@@ -8,7 +8,7 @@ SUPPORTED := import sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$p" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
-.PHONY: demo test test-fast check proof bench fuzz clean distclean venv
+.PHONY: demo test test-fast check proof bench bench-peers bench-report fuzz clean distclean venv
 .DEFAULT_GOAL := demo
 
 demo: venv  ## a federated model, trained on real digits through the whole pipeline
@@ -30,12 +30,27 @@ proof: venv  ## the long forms: 20,000 schedules, each safeguard switched off in
 	$(BIN)/python tests/simulated/run.py --regressions
 	$(BIN)/python tests/simulated/run.py --schedules 20000 --json workspace/proof/schedules.json
 	$(BIN)/python tests/simulated/run.py --mutations --limit 300
-	$(BIN)/python -m pytest -m proof
+	$(BIN)/python -m pytest -m proof -n 2 --dist loadfile
 
-bench: venv  ## the figures of docs/performance.md, on this machine
-	$(BIN)/python benchmarks/rounds.py --json workspace/bench/rounds.json
-	$(BIN)/python benchmarks/bigmodel.py --json workspace/bench/bigmodel.json
-	$(BIN)/python benchmarks/report.py workspace/bench/rounds.json workspace/bench/bigmodel.json
+bench: venv  ## every figure of fedloom beside its reference and target, some twelve minutes (ARGS=--quick: three)
+	$(BIN)/python benchmarks/run.py --json workspace/bench/results.json $(ARGS)
+
+PEERS := nvflare flower pfl
+
+bench-peers: venv $(PEERS:%=workspace/bench/env-%/.installed)  ## the same work in other systems, side by side (needs Linux, 24 GiB)
+	$(BIN)/python benchmarks/run.py --peers --parts fleet --json workspace/bench/peers.json $(ARGS)
+
+bench-report: venv  ## what the two have measured, as tables and plots in docs/performance.md
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	$(BIN)/python benchmarks/report.py $(wildcard workspace/bench/results.json workspace/bench/peers.json) \
+		--docs docs/performance.md --plots docs/performance
+
+# each system in an environment of its own: what they need does not go together
+workspace/bench/env-%/.installed: benchmarks/peers/%.txt constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python was found (or set PYTHON=/path/to/python)" >&2; exit 1; }
+	test -x workspace/bench/env-$*/bin/python || "$(PYTHON)" -m venv workspace/bench/env-$*
+	workspace/bench/env-$*/bin/python -m pip install --quiet -c constraints.txt -r $<
+	@touch $@
 
 fuzz: venv  ## every fuzz target with coverage, ten minutes each (needs wheels of atheris: Linux)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,fuzz]"

@@ -1,107 +1,208 @@
-"""Runs a command and watches its process tree: wall time, and each process's peak memory as the kernel counts it."""
+"""Runs a command and watches it from outside: seconds, and the memory of its whole process tree.
+
+*PSS* counts a page that n processes share as 1/n of a page in each, so its sum over a tree is what the tree really
+takes; *RSS* counts it n times. *VmHWM* is the kernel's own peak of a process. What lies outside the tree (the page
+cache of files that nobody maps) is not counted.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import ctypes
 import os
-import platform
+import signal
 import subprocess
-import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-EVERY_S = 0.05
+_EVERY_S = 0.5
+#: A run that has just begun is looked at more often, so that a short one is seen too; also a look's share of the time.
+_OFTEN_S = 0.1
+_SUBREAPER = 36
+_KIB = 1024
+_MIB = 2**20
+_LEFT_S = 5.0
 
 
 @dataclass
 class Seen:
-    """A process of the tree.
+    """A process of the tree, as the last look found it; sizes are peaks over all looks, in bytes.
 
     Attributes:
-        hwm_kib: VmHWM, the kernel's own peak of resident memory, shared and mapped pages included.
-        anon_kib: the largest RssAnon seen at a sample: memory of its own, without mapped files.
+        hwm: VmHWM.
+        own: anonymous and shared memory by PSS: what mapped files do not explain.
     """
 
     pid: int
-    command: str
-    role: str
-    hwm_kib: int = 0
-    anon_kib: int = 0
+    role: str = ""
+    command: str = ""
+    hwm: int = 0
+    pss: int = 0
+    own: int = 0
     first_s: float = 0.0
     last_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The tree at one moment: bytes in all, and of each role (PSS, and its anonymous and shared part)."""
+
+    at: float
+    rss: int
+    pss: int
+    roles: Mapping[str, tuple[int, int]]
+
+
 @dataclass
 class Measured:
-    """What a run took. `output` is the last line that the command printed, a JSON object."""
+    """What a command took, and what it said."""
 
-    output: dict[str, Any]
     wall_s: float
+    started_at: float
+    code: int
+    said: str
+    timed_out: bool = False
     processes: list[Seen] = field(default_factory=list[Seen])
+    looks: list[Look] = field(default_factory=list[Look])
+
+    @property
+    def rss_mib(self) -> float:
+        """The tree's largest sum of resident sizes."""
+        return max((look.rss for look in self.looks), default=0) / _MIB
+
+    @property
+    def pss_mib(self) -> float:
+        """The tree's largest sum of proportional sizes."""
+        return max((look.pss for look in self.looks), default=0) / _MIB
+
+    def group_mib(self, chosen: Callable[[str], bool], *, own: bool = False) -> float:
+        """The largest sum over the roles that are chosen, of PSS or of its anonymous and shared part."""
+        return max((group_bytes(look, chosen, own=own) for look in self.looks), default=0) / _MIB
 
 
-def run(argv: Sequence[str], timeout_s: float = 900.0) -> Measured:
-    """Run it to its end. A failing command ends the benchmark with what it said."""
-    started = time.perf_counter()
-    process = subprocess.Popen(list(argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def group_bytes(look: Look, chosen: Callable[[str], bool], *, own: bool = False) -> int:
+    """The sum over the roles that are chosen."""
+    return sum(sizes[own] for role, sizes in look.roles.items() if chosen(role))
+
+
+def watch(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout_s: float = 600.0,
+    every_s: float = _EVERY_S,
+) -> Measured:
+    """Run a command to its end and look at its processes. What it leaves running is ended, and not waited for."""
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)  # children whose parents end stay in our tree
+    others = frozenset(descendants(os.getpid()))
     seen: dict[tuple[int, str], Seen] = {}
+    looks: list[Look] = []
     over = threading.Event()
+    with tempfile.TemporaryFile() as out:
+        started, started_at = time.perf_counter(), time.time()
+        process = subprocess.Popen(
+            list(argv), env={**os.environ, **(env or {})}, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+        )
 
-    def watch() -> None:
-        while not over.wait(EVERY_S):
-            sample(process.pid, seen, time.perf_counter() - started)
+        def look_again() -> None:
+            while True:
+                with contextlib.suppress(OSError):
+                    looks.append(look(seen, time.perf_counter() - started, others))
+                elapsed = time.perf_counter() - started
+                if over.wait(max(_OFTEN_S, min(every_s, elapsed * _OFTEN_S))):
+                    return
 
-    watcher = threading.Thread(target=watch, name="bench-watch")
-    watcher.start()
-    try:
-        out, err = process.communicate(timeout=timeout_s)
-    finally:
-        wall_s = time.perf_counter() - started
-        over.set()
-        watcher.join()
-        if process.poll() is None:
+        watcher = threading.Thread(target=look_again, name="bench-watch")
+        watcher.start()
+        timed_out = False
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            timed_out = True
             process.kill()
             process.wait()
-    if process.returncode:
-        sys.exit(f"{' '.join(argv)} ended with {process.returncode}:\n{out}\n{err}")
-    return Measured(json.loads(out.strip().splitlines()[-1]), wall_s, sorted(seen.values(), key=lambda s: s.first_s))
+        finally:
+            wall_s = time.perf_counter() - started
+            over.set()
+            watcher.join()
+            _end_left(others)
+        out.seek(0)
+        said = out.read().decode(errors="replace")
+    order = sorted(seen.values(), key=lambda item: item.first_s)
+    return Measured(wall_s, started_at, process.returncode, said, timed_out, order, looks)
 
 
-def sample(root: int, seen: dict[tuple[int, str], Seen], now_s: float) -> None:
-    """Note every process of the tree as it is now."""
+def look(seen: dict[tuple[int, str], Seen], now_s: float, others: Container[int] = ()) -> Look:
+    """Look at every process below this one, but these."""
+    roles: dict[str, tuple[int, int]] = {}
+    rss = pss = 0
+    for pid in descendants(os.getpid()):
+        if pid in others:
+            continue
+        with contextlib.suppress(OSError, IndexError, ValueError, KeyError):
+            process, resident = _note(pid, seen, now_s)
+            proportional, own = memory_of(pid)
+            process.pss, process.own = max(process.pss, proportional), max(process.own, own)
+            before = roles.get(process.role, (0, 0))
+            roles[process.role] = (before[0] + proportional, before[1] + own)
+            rss, pss = rss + resident, pss + proportional
+    return Look(time.time(), rss, pss, roles)
+
+
+def memory_of(pid: int) -> tuple[int, int]:
+    """A process's PSS, and its anonymous and shared part, in bytes."""
+    rollup = _fields(Path(f"/proc/{pid}/smaps_rollup"))
+    return rollup["Pss"], rollup.get("Pss_Anon", 0) + rollup.get("Pss_Shmem", 0)
+
+
+def private_of(pid: int | str) -> int:
+    """The bytes that are there for this process alone."""
+    rollup = _fields(Path(f"/proc/{pid}/smaps_rollup"))
+    return rollup["Private_Clean"] + rollup["Private_Dirty"]
+
+
+def _fields(path: Path) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for line in path.read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if rest.endswith("kB"):
+            out[name] = int(rest.split()[0]) * _KIB
+    return out
+
+
+def descendants(root: int) -> Iterator[int]:
+    """The processes below one."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError, IndexError, ValueError):
                 stat = (folder / "stat").read_text().rpartition(")")[2].split()
                 children.setdefault(int(stat[1]), []).append(int(folder.name))
-    waiting = [root]
+    waiting = list(children.get(root, []))
     while waiting:
         pid = waiting.pop()
         waiting += children.get(pid, [])
-        with contextlib.suppress(OSError, IndexError, ValueError, KeyError):
-            _note(pid, root, seen, now_s)
+        yield pid
 
 
-def _note(pid: int, root: int, seen: dict[tuple[int, str], Seen], now_s: float) -> None:
+def _note(pid: int, seen: dict[tuple[int, str], Seen], now_s: float) -> tuple[Seen, int]:
+    """The process, and its resident bytes; KeyError for one that has ended."""
     folder = Path(f"/proc/{pid}")
     status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-    if "VmHWM" not in status:
-        return  # a zombie
+    resident = int(status["VmRSS"].split()[0]) * _KIB
     born = (folder / "stat").read_text().rpartition(")")[2].split()[19]
-    process = seen.get((pid, born))
-    if process is None:
-        process = seen[pid, born] = Seen(pid, "", "", first_s=now_s)
+    process = seen.setdefault((pid, born), Seen(pid, first_s=now_s))
     process.command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    process.role = "launcher" if pid == root else role_of(pid, status["Name"].strip(), process.command)
-    process.hwm_kib = max(process.hwm_kib, int(status["VmHWM"].split()[0]))
-    process.anon_kib = max(process.anon_kib, int(status["RssAnon"].split()[0]))
+    process.role = role_of(pid, status["Name"].strip(), process.command)
+    process.hwm = max(process.hwm, int(status["VmHWM"].split()[0]) * _KIB)
     process.last_s = now_s
+    return process, resident
 
 
 def role_of(pid: int, name: str, command: str) -> str:
@@ -114,38 +215,37 @@ def role_of(pid: int, name: str, command: str) -> str:
         log = Path(f"/proc/{pid}/fd/1").readlink()
         if log.suffix == ".log":
             return log.stem
-    return command[-50:]
+    return command[-400:]
+
+
+def _end_left(others: Container[int]) -> None:
+    """End what the command has left running, and collect it."""
+    deadline = time.monotonic() + _LEFT_S
+    while time.monotonic() < deadline:
+        left = [pid for pid in descendants(os.getpid()) if pid not in others]
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if not left:
+            return
+        time.sleep(0.01)
 
 
 def by_role(processes: Sequence[Seen]) -> list[dict[str, Any]]:
     """The largest process of each role, and how many there were."""
     groups: dict[str, list[Seen]] = {}
     for process in processes:
-        groups.setdefault(process.role, []).append(process)
+        groups.setdefault(process.role[-60:], []).append(process)
     return [
         {
             "role": role,
             "count": len(group),
-            "hwm_mib": round(max(p.hwm_kib for p in group) / 1024, 1),
-            "anon_mib": round(max(p.anon_kib for p in group) / 1024, 1),
+            "hwm_mib": round(max(p.hwm for p in group) / _MIB, 1),
+            "pss_mib": round(max(p.pss for p in group) / _MIB, 1),
+            "own_mib": round(max(p.own for p in group) / _MIB, 1),
         }
         for role, group in groups.items()
     ]
-
-
-def machine() -> dict[str, Any]:
-    """What was measured on."""
-    model = "unknown"
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(pages / 2**30, 1),
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "load_before": round(os.getloadavg()[0], 2),
-    }

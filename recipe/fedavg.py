@@ -48,6 +48,7 @@ class FedAvgRecipe(Recipe):
             The modules beside it that it imports travel with it.
         train_args: the script's command line.
         params_transfer_type: ``"FULL"``, or ``"DIFF"``: each site sends the difference from what it received.
+        codec: ``"fp16"``, ``"bf16"`` or ``"int8"``: results take a half or a quarter of the bytes; None: as they are.
         key_metric: the metric that marks the best model; ``key_metric_mode="min"`` where a smaller one is better.
         stop_cond: end early, such as ``"accuracy >= 80"``; ``patience``: after so many rounds without a better score.
         exclude_vars: a regular expression of tensors that keep their global value.
@@ -102,6 +103,8 @@ class FedAvgRecipe(Recipe):
         if initial.checkpoint:
             args["initial_ckpt"] = initial.checkpoint
         args["params_transfer_type"] = exchange.params_transfer_type.value
+        if exchange.codec and self.server.aggregator is None:  # others get results as they were, see decode_model
+            args["codec"] = exchange.codec
         if self.server.server_memory_gc_rounds:
             args["memory_gc_rounds"] = self.server.server_memory_gc_rounds
         return args | self.selection.args()
@@ -121,6 +124,10 @@ class FedAvgRecipe(Recipe):
         for name in ("aggregation_weights", "exclude_vars"):
             if getattr(self.aggregation, name):
                 raise JobError(f"{name} is an option of the weighted mean, which aggregator {component.path} replaces")
+        if not self.aggregation.exact:
+            raise JobError(f"exact is an option of the weighted mean, which aggregator {component.path} replaces")
+        if exchange.codec and not own:
+            raise JobError(f"codec is an option of the weighted mean, which aggregator {component.path} replaces")
         args: dict[str, Any] = {"aggregator": {"path": component.path, "args": component.args}}
         if own and exchange.server_expected_format is ExchangeFormat.PYTORCH:
             args["aggregator_format"] = "pytorch"

@@ -170,9 +170,11 @@ class FedAvgOptions(TypedDict, total=False):
     # ExchangeOptions, without the framework
     server_expected_format: ExchangeFormat | str
     params_transfer_type: TransferType | str
+    codec: str | None
     # AggregationOptions
     aggregation_weights: Mapping[str, float] | None
     exclude_vars: str | None
+    exact: bool
     sample: int
     deadline_s: float | None
     sites_s: float
@@ -199,6 +201,7 @@ class ExchangeFormats:
 
     server_expected_format: ExchangeFormat | str = ExchangeFormat.NUMPY
     params_transfer_type: TransferType | str = TransferType.FULL
+    codec: str | None = None
 
 
 #: In the order in which a recipe's signature shows them.

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 from ..serialization.errors import JobError
 from ..serialization.jobspec import Component, check_site_name
+from ..serialization.narrowing import check_codec
 from .notes import note
 
 
@@ -185,6 +186,8 @@ class ScriptOptions:
                 args["cuda_empty_cache"] = True
         args["params_exchange_format"] = exchange.framework.value
         args["params_transfer_type"] = exchange.params_transfer_type.value
+        if exchange.codec:
+            args["codec"] = exchange.codec
         return Component(path, args)
 
 
@@ -197,11 +200,14 @@ class ExchangeOptions:
         server_expected_format: what a custom aggregator gets. Nothing is converted on the way: tensors travel as
             safetensors in their own dtypes, and the weighted mean takes every dtype as it is.
         params_transfer_type: FULL or DIFF; the difference is taken on the site.
+        codec: what float tensors of results are narrowed by on their way, undone in the aggregate: ``"fp16"``,
+            ``"bf16"`` or ``"int8"`` (groups of 256 with a scale each); None: as they are. Models go out as they are.
     """
 
     framework: FrameworkType = FrameworkType.PYTORCH
     server_expected_format: ExchangeFormat = ExchangeFormat.NUMPY
     params_transfer_type: TransferType = TransferType.FULL
+    codec: str | None = None
 
     def __post_init__(self) -> None:
         chosen = one_of(FrameworkType, self.framework, "framework")
@@ -212,6 +218,7 @@ class ExchangeOptions:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        check_codec(self.codec)
 
     @staticmethod
     def of(framework: object, server_expected_format: object, params_transfer_type: object) -> ExchangeOptions:
@@ -231,6 +238,7 @@ class AggregationOptions:
     Attributes:
         aggregation_weights: a factor for each site, 1.0 where it is not named; times the steps that the site reports.
         exclude_vars: a regular expression (searched, not matched whole) of tensors that keep their global value.
+        exact: add in fixed point, the same bits in any order; False: a float32 running mean, faster and half as large.
         sample: how many of the connected sites work on a round, drawn from the seed; 0: all.
         deadline_s: close a round after so many seconds if ``min_clients`` results are there, else fail it; None: never.
         sites_s: seconds to wait for ``min_clients`` sites to connect, and for a lost one to return.
@@ -238,11 +246,13 @@ class AggregationOptions:
 
     aggregation_weights: Mapping[str, float] | None = None
     exclude_vars: str | None = None
+    exact: bool = True
     sample: int = 0
     deadline_s: float | None = None
     sites_s: float = 60.0
 
     def __post_init__(self) -> None:
+        boolean(self.exact, "exact")
         if not isinstance(cast("object", self.aggregation_weights), Mapping | None):
             raise JobError(f"aggregation_weights={self.aggregation_weights!r}; a map of sites to factors belongs here")
         for site, weight in (self.aggregation_weights or {}).items():
@@ -264,6 +274,8 @@ class AggregationOptions:
             args["aggregation_weights"] = {site: float(weight) for site, weight in self.aggregation_weights.items()}
         if self.exclude_vars:
             args["exclude_vars"] = self.exclude_vars
+        if not self.exact:
+            args["exact"] = False
         if self.sample:
             args["sample"] = self.sample
         if self.deadline_s is not None:

@@ -281,8 +281,24 @@ def test_an_aggregator_travels_with_its_arguments_and_sources(here: Path, mine: 
 
 
 def test_fedlooms_own_aggregators_travel_too(here: Path) -> None:
+    assert workflow(exact=False)["exact"] is False and "exact" not in workflow()
     args = workflow(aggregator=WeightedMean(exclude_vars="bn", aggregation_weights={"site-1": 2.0}))
     assert args["aggregator"]["args"] == {"aggregation_weights": {"site-1": 2.0}, "exclude_vars": "bn"}
+
+
+def test_a_codec_reaches_the_sites_and_the_mean(here: Path) -> None:
+    made = recipe(codec="int8").job.spec()
+    assert made.executor_for("train").args["codec"] == made.workflows[0].args["codec"] == "int8"
+    recipe(codec="int8").export(here / "out")
+    assert JobSpec.load(here / "out").workflows[0].build().aggregator.plan({"w": np.ones(3)}, tasks=1).codec == "int8"
+    assert "codec" not in recipe().job.spec().executor_for("train").args | workflow()
+    for wrong, text in (
+        ({"codec": "zip"}, "codec='zip'; allowed are None, 'fp16', 'bf16', 'int8'"),
+        ({"codec": "fp16", "aggregator": WeightedMean()}, "codec is an option of the weighted mean"),
+        ({"per_site_config": {"site-1": {"codec": "fp16"}}}, "unknown option 'codec'"),
+    ):
+        with pytest.raises(JobError, match=text):
+            recipe(**wrong)
 
 
 class Here(ModelAggregator):
@@ -309,7 +325,7 @@ def test_aggregators_that_cannot_be_used(here: Path, mine: Any, monkeypatch: pyt
         with pytest.raises(JobError) as caught:
             recipe(aggregator=given)
         assert text in str(caught.value)
-    for name, value in (("aggregation_weights", {"site-1": 2}), ("exclude_vars", "bn")):
+    for name, value in (("aggregation_weights", {"site-1": 2}), ("exclude_vars", "bn"), ("exact", False)):
         with pytest.raises(JobError, match=f"{name} is an option of the weighted mean"):
             recipe(aggregator=mine.Median(), **{name: value})
     monkeypatch.setattr(Here, "__module__", "__main__")
