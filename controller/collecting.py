@@ -12,7 +12,7 @@ from ..serialization.feeder import open_source
 from ..serialization.header import Header
 from ..serialization.messages import Failure
 from ..serialization.model import FLModel
-from ..serialization.payload import OPTIMIZER_PREFIX, Framework, decode_model
+from ..serialization.payload import Framework, decode_model, layout_of
 from ..serialization.plain import model_of
 from .federation import Federation
 from .gather import Gather, Result
@@ -89,8 +89,7 @@ class Collection:
             PayloadError, HeaderError: it cannot be read.
         """
         source = self._source(self._fed.filters.incoming(self._gather, result))
-        header = Header((), {}, 0) if source is None else open_source(source)[0]
-        return {t.name: (t.dtype, t.shape) for t in header.tensors if not t.name.startswith(OPTIMIZER_PREFIX)}
+        return layout_of(Header((), {}, 0) if source is None else open_source(source)[0])
 
     def model(self, result: Result, framework: Framework = "numpy") -> FLModel:
         """A result as a model, in memory of its own.

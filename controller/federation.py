@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 
 from ..broker.link import Link, fault_error
+from ..serialization import spans
 from ..serialization.digest import digest_buffers
 from ..serialization.envelope import Buffer
 from ..serialization.errors import FaultError, GatherError, JobError, LinkError
@@ -164,8 +165,10 @@ class Federation:
 
     def put_model(self, model: FLModel) -> PayloadRef:
         """Store a model at the broker, addressed by its content; what is there already is hashed, not sent."""
+        began = spans.start()
         encoded = encode_model(model)
         digest = digest_buffers(encoded.buffers)
+        spans.end("encode", began)
         return self._put(PayloadRef(PayloadId(f"b3-{digest}"), encoded.size, digest), encoded.buffers)
 
     def put_blob(self, data: bytes) -> PayloadRef:
@@ -175,7 +178,9 @@ class Federation:
 
     def _put(self, ref: PayloadRef, buffers: Sequence[Buffer]) -> PayloadRef:
         if ref.id not in self._kept:
+            began = spans.start()
             self._kept[ref.id] = self.link.put(ref, buffers, job=self.job, claim=self.claim)
+            spans.end("put", began)
         return self._kept[ref.id]
 
     def _keep(self, commit: CommitRef | None) -> None:
@@ -197,7 +202,10 @@ class Federation:
 
     def fetch(self, ref: PayloadRef) -> Path | bytes:
         """A payload: a path that can be mapped, or its bytes."""
-        return self.link.fetch(ref)
+        began = spans.start()
+        got = self.link.fetch(ref)
+        spans.end("fetch", began)
+        return got
 
     def state(self) -> FLModel | None:
         """What the ``state`` of this workflow's last commit was; None before the first."""
@@ -277,6 +285,7 @@ class Federation:
         """
         number = self.first_round + round
         self._last_opened = max(self._last_opened, number)
+        began = spans.start()
         sent = self.filters.outgoing(model, task=name, round=round, step=step)
         opening = OpenGather(
             ref=0,
@@ -293,7 +302,9 @@ class Federation:
             sample=sample,
             seed=self.seed,
         )
-        return self.open(opening, tuple(sites) or self._sites)
+        gather = self.open(opening, tuple(sites) or self._sites)
+        spans.end("open", began, round=number)
+        return gather
 
     def open(self, opening: OpenGather, sites: tuple[str, ...]) -> Gather:
         """Send an opening; the broker's Receipt comes through the inbox."""
@@ -373,7 +384,10 @@ class Federation:
             first=self.first_round,
         )
         fault_point("job.before_commit")
+        began = spans.start()
         self._request(commit)
+        spans.end("commit", began, round=number)
+        spans.flush()
         kept_best = best or (self.commit_ref.best if self.commit_ref else None)
         self.commit_ref = CommitRef(number, model, state, kept_best, record, self.workflow, self.first_round)
         self._keep(self.commit_ref)
@@ -395,7 +409,9 @@ class Federation:
         while True:
             if self._inbox.missed():
                 self._ask_again()
+            began = spans.start()
             got = self._inbox.get(pause_s if self.on_quiet else QUIET_S[1])
+            spans.end("wait", began, round=gather.opening.round)
             if got is not None:
                 self._dispatch(*got)
                 return

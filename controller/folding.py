@@ -9,12 +9,14 @@ from typing import Any
 
 import structlog
 
+from ..serialization import spans
 from ..serialization.errors import (
     FaultError,
     FedloomError,
     FencedError,
     FoldError,
     GatherError,
+    JobError,
     LinkError,
     MixedError,
     PayloadError,
@@ -26,6 +28,7 @@ from ..serialization.fold import Good
 from ..serialization.header import header_bytes_needed, read_header
 from ..serialization.messages import Failure, PayloadRef
 from .aggregators.base import Aggregate
+from .collecting import RoomWatch
 from .federation import Federation
 from .gather import Gather, Result
 from .records import RoundRecord
@@ -72,6 +75,8 @@ class Folding:
         self._counts = self._tasks = 0  # results in the sums, and tasks that they are of
         self._covered = 0
         self._since_checkpoint = 0
+        self._exact = aggregate.plan.exact  # float sums have no checkpoints, and take a result whole
+        self._room = RoomWatch()
         model_bytes = gather.opening.payload.size if gather.opening.payload else 0
         spool = fed.spool()
         share = spool.quota_bytes // _QUOTA_SHARE or CHECKPOINT_BYTES
@@ -107,6 +112,7 @@ class Folding:
             if not result.follows:
                 self._maybe_checkpoint()
             self._results.append(result)
+            self._room.moved()
             if self._take(result):
                 self._record.add(result)
             self._since_checkpoint += result.size
@@ -116,7 +122,12 @@ class Folding:
 
     def _quiet(self) -> None:
         """No result has come for a while: it may be that uploads wait for the room that a checkpoint would give."""
-        if not (self._since_checkpoint and not self._bad and self._gather.seen.state == "open"):
+        if not self._exact and self._room.stuck(self._fed.spool().waiting, time.monotonic()):
+            raise JobError(
+                f"round {self._gather.opening.round}: the broker's spool has no room for all of its results, and with"
+                " exact=False no checkpoint can free any: use exact=True, sample fewer sites, or give it a larger quota"
+            )
+        if not (self._exact and self._since_checkpoint and not self._bad and self._gather.seen.state == "open"):
             return
         if self._fed.spool().waiting:
             try:
@@ -176,7 +187,7 @@ class Folding:
 
     def _add(self, fold: Aggregate, result: Result) -> bool:
         """Whether the result is in; a bad one is listed and leaves no trace."""
-        started = time.monotonic()
+        started, began = time.monotonic(), spans.start()
         try:
             if result.partial:
                 fold.merge(self._source(result))
@@ -189,6 +200,8 @@ class Folding:
             return False
         finally:
             self._record.fold_s += time.monotonic() - started
+            item = result.items[0]
+            spans.end("fold", began, round=self._gather.opening.round, site=item.site, task=item.task)
         return True
 
     def _add_single(self, fold: Aggregate, result: Result) -> None:
@@ -197,7 +210,7 @@ class Folding:
         if ref is None:
             fold.add(result.inline or None, site=result.site, meta=result.meta)
             return
-        local = self._fed.local_path(ref)
+        local = self._fed.local_path(ref) if self._exact else self._fed.fetch(ref)
         if local is not None:
             fold.add(local, site=result.site, meta=result.meta)
             return
@@ -232,17 +245,19 @@ class Folding:
 
     def _maybe_checkpoint(self) -> None:
         """The aggregate as a payload, when much has come since the last; then what it holds may go from the spool."""
-        if self._collected is not None:
+        if self._collected is not None or not self._exact:
             return  # a checkpoint stands for the first results by their numbers, and these come in another order
         if self._since_checkpoint > self._checkpoint_bytes and not self._bad:  # a replay must find the bad ones again
             self._checkpoint()
 
     def _checkpoint(self) -> None:
+        began = spans.start()
         covered = self._results[-1].start + len(self._results[-1].items)
         buffers, size = self.aggregate.to_partial()
         ref = self._fed.put_partial(buffers, size)
         fault_point("job.before_checkpoint")
         self._fed.checkpoint(self._gather, ref, covered)
+        spans.end("checkpoint", began, round=self._gather.opening.round)
         log.info("checkpoint", round=self._gather.opening.round, covered=covered, size=size)
         self._covered = covered
         self._since_checkpoint = 0

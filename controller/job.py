@@ -20,6 +20,7 @@ from typing import Any, Literal
 import structlog
 
 from ..broker.link import Link
+from ..serialization import crew
 from ..serialization.archive import unpack_archive
 from ..serialization.errors import FaultError, FedloomError, FencedError, JobError, LinkError
 from ..serialization.faultpoints import fault_point
@@ -39,6 +40,8 @@ ENDED = 0
 FENCED = 3
 LOST = 4
 _MAX_REASON = 15 * 1024
+#: Threads of a large fold where there are cores for them: with more, memory is what it waits for.
+_FOLD_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,7 @@ def main(request: dict[str, Any] | None = None) -> None:
     values = json.loads(sys.argv[1]) if request is None else request
     parsed = JobRequest(**values)
     setup_logging(parsed.log_level, parsed.log_json)
+    crew.allow(_FOLD_THREADS)
     sys.exit(run_job(parsed))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..serialization.errors import JobError
 from ..serialization.jobspec import Component
+from ..serialization.narrowing import check_codec
 from .plugins import call_plugin, find_plugin, plugin_names
 
 EXCHANGE_FORMATS = ("numpy", "pytorch")
@@ -27,6 +28,8 @@ class ScriptExecutor:
         shutdown_timeout: seconds that a script is given to end by itself once the job is over.
         params_exchange_format: ``"numpy"`` or ``"pytorch"``: what `receive()` holds.
         params_transfer_type: ``"FULL"``, or ``"DIFF"``: what reaches the aggregator; the site takes the difference.
+        codec: ``"fp16"``, ``"bf16"`` or ``"int8"``: what float tensors of results are narrowed by on their way; "": as
+            they are.
         launch_timeout: seconds within which an external script must call `flare.init()`.
         client_memory_gc_rounds: after every so many rounds the script's process gives memory back; 0: never.
         cuda_empty_cache: empty torch's cache of GPU memory then as well.
@@ -43,6 +46,7 @@ class ScriptExecutor:
     launch_timeout: float = 300.0
     client_memory_gc_rounds: int = 0
     cuda_empty_cache: bool = False
+    codec: str = ""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -73,6 +77,7 @@ class FunctionExecutor:
     function: str
     params_exchange_format: str = "numpy"
     params_transfer_type: str = "FULL"
+    codec: str = ""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -140,6 +145,7 @@ def _check(settings: Settings) -> None:
         raise JobError(f"params_exchange_format={settings.params_exchange_format!r}; one of {EXCHANGE_FORMATS}")
     if settings.params_transfer_type not in TRANSFER_TYPES:
         raise JobError(f"params_transfer_type={settings.params_transfer_type!r}; one of {TRANSFER_TYPES}")
+    check_codec(settings.codec)
 
 
 def _split(text: str, what: str) -> list[str]:

@@ -7,42 +7,22 @@ carry for the rest. A result that turns out bad half-way is taken out by feeding
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
-from .dtypes import DTYPES
+from .crew import each, threads_for
+from .elements import BLOCK, Bytes, Scratch
 from .envelope import Buffer
-from .errors import FoldError, LayoutError, PayloadError, ValuesError
-from .fixedpoint import BLOCK, Bytes
-from .foldplan import FoldPlan
+from .errors import FoldError, PayloadError, ValuesError
 from .header import Header, header_bytes_needed, read_header
-from .payload import OPTIMIZER_PREFIX, EncodedModel
+from .payload import EncodedModel
+from .segments import Segment, Sink, stretches_of
 
 #: A payload: bytes, a file to be mapped, or a model that was encoded in this process and is used where it lies.
 Source = Buffer | Path | EncodedModel
-
-
-class Sink(Protocol):
-    """What takes a result's elements."""
-
-    def add(self, index: int, start: int, raw: Bytes) -> tuple[float, int]:
-        """Take elements of a tensor from ``start`` on: max|x|, and how many were taken before a bad block."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A tensor's bytes in a result's data section; index -1 for one that is not folded."""
-
-    index: int
-    name: str
-    start: int
-    stop: int
-    itemsize: int
 
 
 def open_pieces(source: Source) -> tuple[Header, list[memoryview]]:
@@ -75,44 +55,6 @@ def open_source(source: Buffer | Path) -> tuple[Header, memoryview]:
         view = memoryview(source).cast("B")
     header = read_header(view[: header_bytes_needed(view[:8])], len(view))
     return header, view[header.data_start :]
-
-
-def match_layout(
-    plan: FoldPlan, places: Mapping[str, int], folded: tuple[bool, ...], header: Header, who: str
-) -> list[Segment]:
-    """Where a result's tensors belong. A result may lack tensors, but not have others than the model.
-
-    Args:
-        plan: the round's plan.
-        places: the plan's index of each name.
-        folded: whether each of the plan's tensors is averaged.
-        header: the result's header.
-        who: the site, for messages.
-
-    Raises:
-        LayoutError: an unknown name, or another dtype or shape; up to three are named.
-    """
-    out: list[Segment] = []
-    wrong: list[str] = []
-    for tensor in header.tensors:
-        index = places.get(tensor.name, -1)
-        if index < 0 and not tensor.name.startswith(OPTIMIZER_PREFIX):
-            wrong.append(f"{tensor.name!r} is not in the model")
-        elif index >= 0:
-            ours = plan.tensors[index]
-            if (tensor.dtype, tensor.shape) != (ours.dtype, ours.shape):
-                seen, allowed = f"{tensor.dtype}{list(tensor.shape)}", f"{ours.dtype}{list(ours.shape)}"
-                wrong.append(f"{tensor.name!r} is {seen}, the model's is {allowed}")
-            if not folded[index]:
-                index = -1
-        out.append(Segment(index, tensor.name, tensor.start, tensor.stop, DTYPES[tensor.dtype].itemsize))
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise LayoutError(
-            f"result of {who} does not fit the model: {'; '.join(wrong[:3])}{more}."
-            " Send tensors with the names, dtypes and shapes that were received"
-        )
-    return out
 
 
 class Feeder:
@@ -150,6 +92,7 @@ class Feeder:
         self._carry: Bytes = np.empty(0, np.uint8)
         self._carried = 0
         self._largest = 0.0
+        self._scratch = Scratch()
         #: the next byte that is wanted, from the start of the data section
         self.position = 0
         #: max|x| of each tensor that is whole, by the plan's index
@@ -179,6 +122,49 @@ class Feeder:
         used = 0
         while used < raw.size:
             used += self._take(raw[used:])
+
+    def feed_all(self, pieces: Sequence[memoryview]) -> None:
+        """Take all bytes that are wanted, in several threads where that pays; they stay valid until this returns.
+
+        Args:
+            pieces: the data section from its beginning on; no tensor lies in two of them.
+
+        Raises:
+            ValuesError: as `feed`.
+        """
+        threads = threads_for(self._stop)
+        if threads < 2 or self.position:
+            for piece in pieces:
+                if self.missing:
+                    self.feed(self.position, piece)
+            return
+        stretches = stretches_of(self._segments, pieces, self._stop)
+        for part in stretches:
+            self._fill_scales(part.segment, 0, part.raw)
+        scratches = [Scratch() for _ in range(threads)]
+        bad: list[int] = []
+
+        def take(worker: int, place: int) -> tuple[float, int]:
+            part = stretches[place]
+            if part.segment.index < 0:
+                return 0.0, part.raw.size // part.segment.itemsize
+            if bad and place > min(bad):
+                return 0.0, 0
+            found = part.put(self._sink, scratches[worker])
+            if found[1] * part.segment.itemsize < part.raw.size:
+                bad.append(place)
+            return found
+
+        taken = each(range(len(stretches)), take, threads)
+        if bad and self._undoing is not None:  # what lies behind the first bad block is not in, as when fed in order
+            inverse = self._undoing()
+            for place in range(min(bad) + 1, len(stretches)):
+                if taken[place][1] and stretches[place].segment.index >= 0:
+                    stretches[place].head(taken[place][1]).put(inverse, scratches[0])
+        for stretch, (largest, done) in zip(stretches, taken, strict=True):
+            self._count(stretch.segment, stretch.start, stretch.raw.size, largest, done)
+            self.position = self._applied
+            self._pass_tensors()
 
     def finish(self) -> None:
         """Count the result: all its bytes are in.
@@ -234,6 +220,7 @@ class Feeder:
         left = min(segment.stop, self._stop) - self.position
         raw = raw[:left]
         if segment.index < 0:
+            self._fill_scales(segment, self.position - segment.start, raw)
             self.position += raw.size
             self._applied = self.position
         elif self._carried:
@@ -250,6 +237,18 @@ class Feeder:
                 self._fill_carry(segment, raw)
         self._pass_tensors()
         return raw.size
+
+    def _fill_scales(self, segment: Segment, offset: int, raw: Bytes) -> None:
+        """Take bytes of scales, where these are some, and look at them when they are whole."""
+        if segment.scales is None:
+            return
+        segment.scales.fill(offset, raw)
+        if offset + raw.size == segment.stop - segment.start and not segment.scales.good:
+            self._state = "failed"
+            raise ValuesError(
+                f"result of {self._who}: {segment.name!r} holds scales that are NaN, Inf, negative, or finer than an"
+                " encoder makes them; the result is not counted. Let fedloom encode the site's results"
+            )
 
     def _fill_carry(self, segment: Segment, raw: Bytes) -> None:
         end = self._block_end(segment)
@@ -268,10 +267,15 @@ class Feeder:
 
     def _apply(self, segment: Segment, raw: Bytes) -> None:
         start = (self._applied - segment.start) // segment.itemsize
-        largest, done = self._sink.add(segment.index, start, raw)
+        self._count(
+            segment, start, raw.size, *self._sink.add(segment.index, start, raw, segment.elements, self._scratch)
+        )
+
+    def _count(self, segment: Segment, start: int, size: int, largest: float, done: int) -> None:
+        """Note what a sink took of ``size`` bytes."""
         self._applied += done * segment.itemsize
         self._largest = max(self._largest, largest)
-        if done * segment.itemsize < raw.size:
+        if done * segment.itemsize < size:
             self._state = "failed"
             raise ValuesError(
                 f"result of {self._who}: tensor {segment.name!r} holds NaN, Inf or a value beyond 2^900 in the elements"

@@ -19,14 +19,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import DTYPES, widen
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bytes = NDArray[np.uint8]
-
-#: Elements of a block: 256 KiB of float64, so that the scratch, its input and its sums stay in a core's cache.
-BLOCK: Final = 32 * 1024
+from .accumulator import Accumulator
+from .elements import BLOCK, MAX_VALUE, RUN, Bytes, Elements, Floats, Ints, Scratch, elements_of
 
 #: The largest |x * w * 2^q| of one result, as a power of two: what the rounding trick can hold.
 RESULT_BITS: Final = 51
@@ -48,8 +42,9 @@ TOTAL_BITS: Final = 1074
 #: No scale is outside: 2^q times any allowed weight is then a normal float64.
 Q_MIN: Final = -950
 Q_MAX: Final = 900
-#: Values beyond this are refused: the smallest scale holds 2^26 of them with the largest weight.
-MAX_VALUE: Final = 2.0**900
+
+#: A table of what each code adds pays where a tensor has so many times as many elements.
+_PAYS: Final = 4
 
 
 def ceil_log2(value: float) -> int:
@@ -102,86 +97,38 @@ def is_fine(total: int, count: int, exponent: int) -> bool:
     return total >= count << (RESOLUTION_BITS + TOTAL_BITS - exponent)
 
 
-class Widener:
-    """Blocks of any float type as float32 or float64 arrays that can be computed with, in one scratch array."""
-
-    __slots__ = ("_narrow",)
-
-    def __init__(self) -> None:
-        self._narrow = np.empty(0, np.float32)
-
-    def read(self, raw: Bytes, dtype: str) -> NDArray[Any]:
-        """A block's elements. Narrow types are widened into the scratch, which the next call overwrites.
-
-        Args:
-            raw: the elements' bytes; at most `BLOCK` elements.
-            dtype: their safetensors type, a float.
-        """
-        if dtype in ("F32", "F64"):
-            return raw.view(DTYPES[dtype].numpy)
-        if not self._narrow.size:
-            self._narrow = np.empty(BLOCK, np.float32)
-        out = self._narrow[: raw.size // DTYPES[dtype].itemsize]
-        widen(raw, dtype, out)
-        return out
-
-
-def largest_magnitude(values: NDArray[Any]) -> float:
-    """max|x| of a block that is not empty; NaN when any element is NaN."""
-    # two SIMD reductions without a temporary; both are NaN if any element is
-    return max(float(np.maximum.reduce(values)), -float(np.minimum.reduce(values)))
-
-
-def scan(raw: Bytes, dtype: str, widener: Widener) -> tuple[float, int]:
-    """max|x| of a float tensor's elements, and how many there are before a block with NaN, Inf or values over 2^900."""
-    itemsize = DTYPES[dtype].itemsize
-    count = raw.size // itemsize
-    largest = 0.0
-    for first in range(0, count, BLOCK):
-        magnitude = largest_magnitude(widener.read(raw[first * itemsize : (first + BLOCK) * itemsize], dtype))
-        if not magnitude <= MAX_VALUE:
-            return largest, first
-        largest = max(largest, magnitude)
-    return largest, count
-
-
 class FixedSums:
     """The int64 sums of a model's float tensors, in one flat array that exists from the first addition on.
 
-    Not thread-safe: all additions share one scratch block.
+    Several threads may add to different elements at a time, each with a `Scratch` of its own, once `sums` is ready.
     """
 
-    __slots__ = ("_acc", "_dtypes", "_scaled", "_sizes", "_starts", "_widener", "exponents")
+    __slots__ = ("_dtypes", "_scratch", "_sizes", "_table", "exponents", "sums")
 
     exact: Final = True
 
-    def __init__(self, dtypes: Sequence[str], sizes: Sequence[int]) -> None:
+    def __init__(self, dtypes: Sequence[str], sizes: Sequence[int], spare: NDArray[Any] | None = None) -> None:
         """Sums for tensors of these types and numbers of elements (0 for a tensor that is not summed here)."""
         self._dtypes = tuple(dtypes)
         self._sizes = tuple(sizes)
-        starts = [0]
-        for size in sizes:
-            starts.append(starts[-1] + size)
-        self._starts = tuple(starts)
-        self._acc: Ints = np.empty(0, np.int64)
-        self._scaled: Floats = np.empty(0, np.float64)
-        self._widener = Widener()
+        #: the raw sums, with their biases in them
+        self.sums: Final = Accumulator(np.int64, sizes, spare)
+        self._scratch = Scratch()
+        self._table: tuple[Elements | None, float, Ints] = (None, 0.0, np.empty(0, np.int64))
         #: q of each tensor; set before the first addition, fixed from then on
         self.exponents: Sequence[int] = ()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the sums take, or will."""
-        return 8 * self._starts[-1]
-
-    def view(self, index: int) -> Ints:
-        """A tensor's raw sums, flat and writable, with their biases in them."""
-        if not self._acc.size and self._starts[-1]:
-            # zeros come from the system untouched: pages of tensors that no result carries are never used
-            self._acc = np.zeros(self._starts[-1], np.int64)
-        return self._acc[self._starts[index] : self._starts[index + 1]]
-
-    def add(self, index: int, start: int, raw: Bytes, weight: float, *, subtract: bool = False) -> tuple[float, int]:
+    def add(
+        self,
+        index: int,
+        start: int,
+        raw: Bytes,
+        weight: float,
+        *,
+        subtract: bool = False,
+        elements: Elements | None = None,
+        scratch: Scratch | None = None,
+    ) -> tuple[float, int]:
         """Add (or take out) consecutive elements of a tensor, block by block.
 
         Args:
@@ -190,46 +137,71 @@ class FixedSums:
             raw: the elements' bytes; whole blocks, but for the tensor's last.
             weight: the result's weight.
             subtract: take out what the same call without it added.
+            elements: how the bytes are read; by default as the tensor's own type.
+            scratch: the calling thread's, where there are several.
 
         Returns:
             max|x| of the blocks that were added, and how many elements those are: fewer than given when a block holds
             NaN, Inf or a value beyond 2^900; of that block, and of those behind it, nothing was added.
         """
-        dtype = self._dtypes[index]
-        itemsize = DTYPES[dtype].itemsize
-        sums = self.view(index)
+        read = elements or elements_of(self._dtypes[index])
+        scratch = scratch or self._scratch
+        itemsize = read.itemsize
+        count = raw.size // itemsize
         scale = math.ldexp(weight, self.exponents[index])
         combine = np.subtract if subtract else np.add
-        if not self._scaled.size:
-            self._scaled = np.empty(BLOCK, np.float64)
+        codes = read.codes(raw)
+        table = None
+        if codes is not None and self._sizes[index] >= _PAYS << 8 * itemsize:
+            table = self._addends(read, scale)
         largest = 0.0
-        count = raw.size // itemsize
-        for first in range(0, count, BLOCK):
-            last = min(first + BLOCK, count)
-            values = self._widener.read(raw[first * itemsize : last * itemsize], dtype)
-            magnitude = largest_magnitude(values)
-            if not magnitude <= MAX_VALUE:
-                return largest, first
-            largest = max(largest, magnitude)
-            block = sums[start + first : start + last]
-            if magnitude == 0.0 or magnitude * scale > LIMIT:
-                combine(block, BIAS, out=block)
+        first, until = 0, 0
+        while first < count:
+            # blocks one by one where a run of them is not good as a whole
+            step = BLOCK if first < until else RUN
+            last = min(first + step, count)
+            part = raw[first * itemsize : last * itemsize]
+            magnitude, values = read.look(start + first, part, scratch)
+            good = magnitude <= MAX_VALUE
+            over = magnitude * scale > LIMIT
+            if (over or not good) and last - first > BLOCK:
+                until = last
                 continue
-            scaled = self._scaled[: last - first]
-            np.copyto(
-                scaled, values
-            )  # widening first and apart: a mixed multiplication goes through numpy's slow buffer
-            np.multiply(scaled, scale, out=scaled)
-            np.add(scaled, MAGIC, out=scaled)
-            combine(block, scaled.view(np.int64), out=block)
+            if not good:
+                return largest, first
+            block, fresh = self.sums.take(index, start + first, last - first, clear=subtract)
+            method = None if fresh else combine
+            if over or magnitude == 0.0:
+                _put(block, BIAS, method)
+            elif table is not None and codes is not None:
+                _put_codes(block, codes[first:last], table, method, scratch)
+            else:
+                values = read.read(start + first, part, scratch) if values is None else values
+                _put_values(block, values, scale, method, scratch)
+            largest = max(largest, magnitude)
+            first = last
         return largest, count
+
+    def _addends(self, elements: Elements, scale: float) -> Ints:
+        """What each code adds at this scale: those of values that are not to be added are never looked up."""
+        known, known_scale, table = self._table
+        if known is not elements or known_scale != scale:
+            with np.errstate(invalid="ignore", over="ignore"):
+                table = (elements.values().astype(np.float64) * scale + MAGIC).view(np.int64)
+            self._table = (elements, scale, table)
+        return table
 
     def combine(self, index: int, sums: Ints, *, subtract: bool = False) -> None:
         """Add (or take out) another object's raw sums of the same tensor, at the same scale."""
-        mine = self.view(index)
-        (np.subtract if subtract else np.add)(mine, sums, out=mine)
+        mine, fresh = self.sums.take(index, 0, self._sizes[index], clear=subtract)
+        if fresh:
+            np.copyto(mine, sums)
+        else:
+            (np.subtract if subtract else np.add)(mine, sums, out=mine)
 
-    def mean(self, index: int, start: int, count: int, denominator: float, out: Floats) -> None:
+    def mean(
+        self, index: int, start: int, count: int, denominator: float, out: Floats, scratch: Scratch | None = None
+    ) -> None:
         """Write the weighted mean of ``out.size`` elements from ``start`` on, as float64.
 
         Args:
@@ -238,9 +210,54 @@ class FixedSums:
             count: how many results it holds.
             denominator: the sum of their weights.
             out: 1-D float64.
+            scratch: the calling thread's, where there are several.
         """
         bias = (count * BIAS) % 2**64
         wrapped = np.int64(bias - 2**64 if bias >= 2**63 else bias)
-        sums = self.view(index)[start : start + out.size] - wrapped
-        np.divide(sums, denominator, out=out)
-        np.multiply(out, math.ldexp(1.0, -self.exponents[index]), out=out)
+        # a product with a power of two is exact, and no quotient is subnormal: one rounding, as by the two apart
+        divisor = math.ldexp(denominator, self.exponents[index])
+        sums = self.sums.take(index, start, out.size, clear=True)[0]
+        whole = (scratch or self._scratch).ints(BLOCK)
+        for first in range(0, out.size, BLOCK):
+            part = out[first : first + BLOCK]
+            block = whole[: part.size]
+            np.subtract(sums[first : first + BLOCK], wrapped, out=block)
+            if math.frexp(divisor)[0] == 0.5:
+                np.multiply(block, 1.0 / divisor, out=part)
+            else:
+                np.divide(block, divisor, out=part)
+
+
+def _put(sums: Ints, addend: Any, combine: np.ufunc | None) -> None:
+    """Combine the sums with an addend, or write it where they are fresh."""
+    if combine is None:
+        np.copyto(sums, addend)
+    else:
+        combine(sums, addend, out=sums)
+
+
+def _put_values(sums: Ints, values: NDArray[Any], scale: float, combine: np.ufunc | None, scratch: Scratch) -> None:
+    for first in range(0, values.size, BLOCK):
+        part = values[first : first + BLOCK]
+        block = sums[first : first + BLOCK]
+        scaled = scratch.doubles(part.size)
+        if part.dtype == np.float64:
+            np.multiply(part, scale, out=scaled)
+        else:
+            np.copyto(scaled, part)  # first and apart: a mixed multiplication goes through numpy's slow buffer
+            np.multiply(scaled, scale, out=scaled)
+        if combine is None:
+            np.add(scaled, MAGIC, out=block.view(np.float64))
+        else:
+            np.add(scaled, MAGIC, out=scaled)
+            combine(block, scaled.view(np.int64), out=block)
+
+
+def _put_codes(sums: Ints, codes: NDArray[Any], table: Ints, combine: np.ufunc | None, scratch: Scratch) -> None:
+    for first in range(0, codes.size, BLOCK):
+        part = codes[first : first + BLOCK]
+        block = sums[first : first + BLOCK]
+        found = block if combine is None else scratch.ints(part.size)
+        np.take(table, part, out=found, mode="clip")  # every code has its place: "clip" is numpy's fast mode
+        if combine is not None:
+            combine(block, found, out=block)

@@ -10,7 +10,7 @@
         case Rescale(plan): fold everything again with Fold(plan)
 
 A result is either whole in the fold or not in it at all: what is found bad half-way (NaN, Inf) is taken out exactly.
-`remove` takes out what `add` added. Memory is the sums (8 bytes an element) and half a megabyte, however many results.
+`remove` takes out what `add` added. Memory is the sums (8 bytes an element) and a megabyte, however many results.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import structlog
+from numpy.typing import NDArray
 
+from .accumulator import Accumulator
+from .elements import Floats
 from .envelope import Buffer
-from .errors import FoldError
-from .feeder import Feeder, Source, match_layout, open_pieces
-from .fixedpoint import FixedSums, Floats
+from .errors import FoldError, PayloadError, ValuesError, WireError
+from .feeder import Feeder, Source, open_pieces
+from .fixedpoint import FixedSums
 from .foldmodel import NewModel, build_model
 from .foldpartial import read_partial, write_partial
 from .foldplan import MAX_RESULTS, FoldPlan, Kind, Magnitudes
@@ -34,6 +37,7 @@ from .header import Header
 from .model import FLModel
 from .payload import DESCRIPTION
 from .plain import parse_json
+from .segments import match_layout
 from .sums import Addition, Scan, Sums
 from .tally import Contribution, Tally, ignored_metrics, read_contribution
 
@@ -63,26 +67,37 @@ class Rescale:
 class Fold:
     """The aggregate of one round. Not thread-safe."""
 
-    def __init__(self, plan: FoldPlan) -> None:
-        """An empty aggregate that adds by this plan."""
+    def __init__(self, plan: FoldPlan, *, spare: NDArray[Any] | None = None) -> None:
+        """An empty aggregate that adds by this plan, in memory that another has released if that fits."""
         self.plan: Final = plan
         self.digest: Final = plan.digest
         self._places = {tensor.name: index for index, tensor in enumerate(plan.tensors)}
-        self._sums = Sums(plan)
+        self._sums = Sums(plan, spare)
         self._tally = Tally()
         self._open = 0
+        self._kept: list[tuple[Source | None, str, Mapping[str, Any] | None]] | None = []
+        self._lost = ""
         self._ignored: set[str] = set()
         self._built: NewModel | None = None
 
     # --- results ---------------------------------------------------------------------------------------------------
 
-    def add(self, source: Source | None, *, site: str, meta: Mapping[str, Any] | None = None) -> None:
+    def add(
+        self,
+        source: Source | None,
+        *,
+        site: str,
+        meta: Mapping[str, Any] | None = None,
+        kept: bool | None = None,
+    ) -> None:
         """Add a result.
 
         Args:
             source: its payload: bytes, a file's path, or a model encoded in this process; None if it has no tensors.
             site: who sent it.
             meta: its plain side (``params_type``, ``metrics``, ``meta``); by default what the payload says of itself.
+            kept: whether the source stays as it is until the round ends; by default a file does. Where a plan is not
+                exact, such results are read once and not twice.
 
         Raises:
             LayoutError: names, dtypes or shapes that are not the model's.
@@ -95,10 +110,34 @@ class Fold:
         After any of them the fold is as it was before.
         """
         header, pieces = open_pieces(source) if source is not None else _NOTHING
-        if not self.plan.exact:
-            # a running mean cannot take a result out again, so all of it is looked at before any of it is added
+        if self.plan.exact:
+            _run(self._feeder(header, site, meta), pieces)
+            return
+        # Float sums cannot take a result out again. So all of it is looked at before any of it is added, or all others
+        # are added anew behind a bad one, and from then on each is looked at first.
+        kept = isinstance(source, Path) if kept is None else kept
+        if self._kept is None or not kept:
+            self._kept = None
             self._scan(header, pieces, site)
-        _run(self._feeder(header, site, meta), pieces)
+        feeder = self._feeder(header, site, meta)
+        try:
+            feeder.feed_all(pieces)
+        except ValuesError:
+            self._start_over(self._kept or [])
+            raise
+        feeder.finish()
+        if self._kept is not None:
+            self._kept.append((source, site, meta))
+
+    def _start_over(self, results: list[tuple[Source | None, str, Mapping[str, Any] | None]]) -> None:
+        self._kept = None
+        self._sums, self._tally, self._open = Sums(self.plan, self.accumulator.release()), Tally(), 0
+        try:
+            for source, site, meta in results:
+                self.add(source, site=site, meta=meta)
+        except (FoldError, WireError, PayloadError) as error:
+            self._lost = f"a result that was in cannot be read again: {error}"
+            raise FoldError(self._lost) from error
 
     def remove(self, source: Source | None, *, site: str, meta: Mapping[str, Any] | None = None) -> None:
         """Take a result out again: the arguments are those with which it was added.
@@ -137,7 +176,8 @@ class Fold:
         self._open += 1
 
         def sink(inverse: bool) -> Addition:
-            return Addition(self.plan, self._sums, contribution, subtract=subtract != inverse)
+            checked = self._kept is None
+            return Addition(self.plan, self._sums, contribution, subtract=subtract != inverse, checked=checked)
 
         def close(feeder: Feeder, whole: bool) -> None:
             self._open -= 1
@@ -147,7 +187,8 @@ class Fold:
             if whole == subtract:  # a result that was taken out, or one that was not added after all
                 self._tally.remove(contribution)
 
-        return Feeder(segments, sink(False), who=site, stop=header.data_bytes, close=close, undoing=lambda: sink(True))
+        undoing = (lambda: sink(True)) if self.plan.exact else None
+        return Feeder(segments, sink(False), who=site, stop=header.data_bytes, close=close, undoing=undoing)
 
     def _contribution(self, header: Header, site: str, meta: Mapping[str, Any] | None) -> Contribution:
         if meta is None:
@@ -164,7 +205,7 @@ class Fold:
     def _scan(self, header: Header, pieces: list[memoryview], site: str) -> None:
         segments = match_layout(self.plan, self._places, self._sums.folded, header, site)
         feeder = Feeder(segments, Scan(self.plan), who=site, stop=header.data_bytes, close=lambda feeder, whole: None)
-        _feed(feeder, pieces)
+        feeder.feed_all(pieces)
 
     # --- partials --------------------------------------------------------------------------------------------------
 
@@ -241,6 +282,7 @@ class Fold:
             LayoutError: a base that is not the plan's model.
             ValuesError: a value that the model's dtype cannot hold.
         """
+        self._whole()
         if not self._tally.count:
             raise FoldError("no results to make a model of")
         if self._verdict()[1]:
@@ -279,6 +321,11 @@ class Fold:
     def next_plan(self, *, tasks: int | None = None) -> FoldPlan:
         """The next round's plan; after `finish`. Raises FoldError before it."""
         return self.plan.next(self.magnitudes(), tasks=tasks)
+
+    @property
+    def accumulator(self) -> Accumulator:
+        """The float sums: once this fold is done with, their `release` is the next one's ``spare``."""
+        return self._sums.floats.sums
 
     @property
     def master(self) -> dict[str, Any]:
@@ -321,6 +368,8 @@ class Fold:
         return kind, self._sums.better_scales(kind) if kind else {}
 
     def _whole(self) -> None:
+        if self._lost:
+            raise FoldError(self._lost)
         if self._open:
             raise FoldError(f"{self._open} results are half in: finish them, or undo them and feed what they then want")
 
@@ -332,18 +381,11 @@ class Fold:
 def _run(feeder: Feeder, pieces: list[memoryview]) -> None:
     """Feed a whole result; one that is bad is taken out again."""
     try:
-        _feed(feeder, pieces)
+        feeder.feed_all(pieces)
         feeder.finish()
     except FoldError:
         undo = feeder.undo()
         if undo is not None:
-            _feed(undo, pieces)
+            undo.feed_all(pieces)
             undo.finish()
         raise
-
-
-def _feed(feeder: Feeder, pieces: list[memoryview]) -> None:
-    for piece in pieces:
-        feeder.feed(feeder.position, piece)
-        if not feeder.missing:
-            return

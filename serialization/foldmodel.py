@@ -10,11 +10,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from .crew import each, threads_for
 from .dtypes import DTYPES, is_float
+from .elements import BLOCK, Scratch, elements_of, largest_magnitude, largest_single
 from .errors import LayoutError, ValuesError
-from .fixedpoint import BLOCK, Widener, largest_magnitude
 from .foldplan import FoldPlan, Kind, PlanTensor
 from .model import FLModel, ParamsType, flatten, unflatten
+from .segments import STRETCH
 from .sums import Sums
 from .tensors import as_numpy, raw_bytes, spec_of
 
@@ -100,14 +102,13 @@ def _check_base(plan: FoldPlan, flat: Mapping[str, Any], master: Mapping[str, An
 
 
 class _Builder:
-    """Makes tensors block by block, in scratch that all of them share."""
+    """Makes tensors block by block, in scratch that all of them share, and large ones in several threads."""
 
     def __init__(self, sums: Sums, *, diff: bool) -> None:
         self.master: dict[str, Array] = {}
         self._sums = sums
         self._diff = diff
-        self._widener = Widener()
-        self._scratch = np.empty(BLOCK, np.float64)
+        self._scratches = [Scratch()]
 
     def floats(self, index: int, tensor: PlanTensor, base: Any, master: Any) -> tuple[Array, float]:
         """A float tensor and its max|x|."""
@@ -115,22 +116,34 @@ class _Builder:
         out: Array = np.empty(tensor.items, DTYPES[tensor.dtype].numpy if wide else np.float32)
         source, dtype = (base, tensor.dtype) if master is None else (master, "F32")
         raw = np.frombuffer(raw_bytes(source), np.uint8) if self._diff and tensor.items else None
-        itemsize = DTYPES[dtype].itemsize
-        largest = 0.0
-        for first in range(0, tensor.items, BLOCK):
-            last = min(first + BLOCK, tensor.items)
-            block = self._scratch[: last - first]
-            self._sums.mean(index, first, block)
-            if raw is not None:
-                np.add(block, self._widener.read(raw[first * itemsize : last * itemsize], dtype), out=block)
-            magnitude = largest_magnitude(block)
-            if not magnitude <= _largest_of(tensor.dtype):
-                raise ValuesError(
-                    f"tensor {tensor.name!r} of the new model reaches {magnitude}, which {tensor.dtype} cannot hold:"
-                    " train with smaller steps, or in a wider type"
-                )
-            largest = max(largest, magnitude)
-            np.copyto(out[first:last], block, casting="same_kind")
+        elements = elements_of(dtype)
+        most = _largest_of(tensor.dtype)
+
+        def make(worker: int, start: int) -> float:
+            scratch = self._scratches[worker]
+            largest = 0.0
+            for first in range(start, min(start + STRETCH, tensor.items), BLOCK):
+                last = min(first + BLOCK, tensor.items)
+                block = scratch.doubles(last - first)
+                self._sums.mean(index, first, block, scratch)
+                if raw is not None:
+                    part = raw[first * elements.itemsize : last * elements.itemsize]
+                    np.add(block, elements.read(first, part, scratch), out=block)
+                target = out[first:last]
+                with np.errstate(over="ignore", invalid="ignore"):
+                    np.copyto(target, block, casting="same_kind")
+                magnitude = largest_magnitude(block) if target.dtype == np.float64 else largest_single(target)
+                if not magnitude <= most:
+                    raise ValuesError(
+                        f"tensor {tensor.name!r} of the new model reaches {largest_magnitude(block)}, which"
+                        f" {tensor.dtype} cannot hold: train with smaller steps, or in a wider type"
+                    )
+                largest = max(largest, magnitude)
+            return largest
+
+        threads = threads_for(out.nbytes)
+        self._scratches += [Scratch() for _ in range(threads - len(self._scratches))]
+        largest = max(each(range(0, tensor.items, STRETCH), make, threads), default=0.0)
         shaped = out.reshape(tensor.shape)
         if wide:
             return shaped, largest

@@ -19,10 +19,11 @@ from typing import Any, Final, cast
 import numpy as np
 
 from .dtypes import is_float, is_int
+from .elements import Ints
 from .envelope import Buffer
 from .errors import FoldError, LayoutError
 from .feeder import open_source
-from .fixedpoint import TOTAL_BITS, FixedSums, Ints
+from .fixedpoint import TOTAL_BITS, FixedSums
 from .foldplan import MAX_RESULTS, FoldPlan
 from .header import Header, Spec, build_header
 from .intsum import MAX_LIMBS, WEIGHT_BITS, check_limbs
@@ -74,7 +75,7 @@ def write_partial(digest: str, plan: FoldPlan, sums: Sums, tally: Tally) -> tupl
             arrays[tensor.name] = limbs
             specs.append((tensor.name, "I64", (len(limbs), tensor.items)))
         else:
-            arrays[tensor.name] = [sums.floats.view(index)]
+            arrays[tensor.name] = [sums.floats.sums.view(index)]
             specs.append((tensor.name, "I64", tensor.shape))
         weight = "" if record.weight == tally.weight else _hex(record.weight)
         records.append([index, record.count, weight, _hex(record.total), record.over, lowest])

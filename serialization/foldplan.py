@@ -19,10 +19,12 @@ import numpy as np
 from .codec import pack, show, unpack
 from .digest import digest_buffers
 from .dtypes import DTYPES, is_float, is_int
+from .elements import MAX_VALUE, Scratch, elements_of, scan
 from .envelope import Buffer
 from .errors import CodecError, FoldError, LayoutError, ValuesError, WeightError
-from .fixedpoint import MAX_VALUE, Q_MAX, Q_MIN, RESOLUTION_BITS, RESULT_BITS, Widener, exponent_for, scan
+from .fixedpoint import Q_MAX, Q_MIN, RESOLUTION_BITS, RESULT_BITS, exponent_for
 from .header import MAX_DATA_BYTES, MAX_RANK, MAX_TENSORS
+from .narrowing import CODED
 from .tensors import raw_bytes, spec_of
 
 Kind = Literal["FULL", "DIFF"]
@@ -40,6 +42,8 @@ MIN_WEIGHT: Final = 2.0**-64
 MAX_WEIGHT: Final = 2.0**64
 
 _FORMAT: Final = "fedloom-fold/1"
+#: That of a plan with a codec: a party that knows none must not fold by it.
+_CODED_FORMAT: Final = "fedloom-fold/2"
 #: A tensor's expected magnitude in the first round is at least this part of the model's largest, and this at all.
 _LEAST_PART: Final = 2.0**-6
 _LEAST: Final = 2.0**-10
@@ -91,6 +95,7 @@ class FoldPlan:
         exclude: tensors of which the name holds a match of this pattern keep their global values; "" excludes none.
         weight_key: the meta key of a result's number of steps.
         exact: False for a float32 running mean, which depends on the order and has no partials.
+        codec: in which F32 and F64 tensors of results may come beside their own type; "" for none.
     """
 
     tensors: tuple[PlanTensor, ...]
@@ -105,6 +110,7 @@ class FoldPlan:
     exclude: str = ""
     weight_key: str = WEIGHT_KEY
     exact: bool = True
+    codec: str = ""
 
     def __post_init__(self) -> None:
         sites: Mapping[Any, Any] = self.aggregation_weights
@@ -133,6 +139,7 @@ class FoldPlan:
         exclude: str | None = None,
         weight_key: str = WEIGHT_KEY,
         exact: bool = True,
+        codec: str = "",
     ) -> FoldPlan:
         """The plan of a job's first round, from the global model alone.
 
@@ -143,7 +150,7 @@ class FoldPlan:
             base: the global model, flat: name to array (numpy or torch). Its values are looked at once.
             tasks: the most results that the round may have.
             weight_cap: the largest weight to expect.
-            aggregation_weights, exclude, weight_key, exact: as the attributes.
+            aggregation_weights, exclude, weight_key, exact, codec: as the attributes.
 
         Raises:
             LayoutError: a tensor that cannot be averaged (complex numbers), or no tensors.
@@ -152,9 +159,9 @@ class FoldPlan:
         """
         if not base:
             raise LayoutError("a model without tensors; there is nothing to aggregate")
-        widener = Widener()
+        scratch = Scratch()
         tensors = tuple(_plan_tensor(name, base[name]) for name in sorted(base))
-        base_max = tuple(_max_of(tensor, base[tensor.name], widener) for tensor in tensors)
+        base_max = tuple(_max_of(tensor, base[tensor.name], scratch) for tensor in tensors)
         least = max(_LEAST_PART * max(base_max), _LEAST)
         magnitudes = tuple(max(value, least) for value in base_max)
         return FoldPlan(
@@ -169,6 +176,7 @@ class FoldPlan:
             exclude=exclude or "",
             weight_key=weight_key,
             exact=exact,
+            codec=codec,
         ).sized(tasks)
 
     def sized(self, tasks: int) -> FoldPlan:
@@ -224,7 +232,7 @@ class FoldPlan:
         """The plan as a msgpack blob."""
         return pack(
             {
-                "format": _FORMAT,
+                "format": _CODED_FORMAT if self.codec else _FORMAT,
                 "names": [t.name for t in self.tensors],
                 "dtypes": [t.dtype for t in self.tensors],
                 "shapes": [list(t.shape) for t in self.tensors],
@@ -240,6 +248,7 @@ class FoldPlan:
                 "weight_key": self.weight_key,
                 "exact": self.exact,
             }
+            | ({"codec": self.codec} if self.codec else {})
         )
 
     @staticmethod
@@ -250,8 +259,11 @@ class FoldPlan:
             CodecError: bytes that are no plan.
         """
         fields = _Fields(unpack(data, max_bytes=MAX_PLAN_BYTES))
-        if fields.get("format", str) != _FORMAT:
-            raise CodecError(f"a fold plan of format {fields.get('format', str)!r}; this version reads {_FORMAT!r}")
+        if fields.get("format", str) not in (_FORMAT, _CODED_FORMAT):
+            raise CodecError(
+                f"a fold plan of format {fields.get('format', str)!r}; this version reads {_FORMAT!r} and"
+                f" {_CODED_FORMAT!r}"
+            )
         tensors = fields.tensors()
         count = len(tensors)
         try:
@@ -268,6 +280,7 @@ class FoldPlan:
                 exclude=fields.get("exclude", str),
                 weight_key=fields.get("weight_key", str),
                 exact=fields.get("exact", bool),
+                codec=fields.codec(),
             )
         except FoldError as error:
             raise CodecError(f"fold plan: {error}") from None
@@ -286,6 +299,14 @@ class _Fields:
         if type(value) is not kind:
             raise CodecError(f"fold plan: {name} is a {type(value).__name__}; {kind.__name__} belongs there")
         return value
+
+    def codec(self) -> str:
+        if self.get("format", str) == _FORMAT:
+            return ""
+        codec: str = self.get("codec", str)
+        if codec not in CODED:
+            raise CodecError(f"fold plan: codec {show(codec)}; allowed are {', '.join(CODED)}")
+        return codec
 
     def tensors(self) -> tuple[PlanTensor, ...]:
         names, dtypes, shapes = (cast("list[Any]", self.get(key, list)) for key in ("names", "dtypes", "shapes"))
@@ -352,10 +373,11 @@ def _plan_tensor(name: str, value: Any) -> PlanTensor:
     return PlanTensor(name, dtype, shape)
 
 
-def _max_of(tensor: PlanTensor, value: Any, widener: Widener) -> float:
+def _max_of(tensor: PlanTensor, value: Any, scratch: Scratch) -> float:
     if not is_float(tensor.dtype) or not tensor.items:
         return 0.0
-    largest, good = scan(np.frombuffer(raw_bytes(value), np.uint8), tensor.dtype, widener)
+    raw = np.frombuffer(raw_bytes(value), np.uint8)
+    largest, good = scan(0, raw, elements_of(tensor.dtype), scratch)
     if good < tensor.items:
         raise ValuesError(f"the global model's tensor {tensor.name!r} holds NaN, Inf or a value beyond 2^900")
     return largest

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import DTYPES
+from .elements import BLOCK, Ints
 from .errors import FoldError, ValuesError
-from .fixedpoint import BLOCK, Ints
 
 #: Weights are integers in units of 2^-120: exact for every float64 of at least 2^-64.
 WEIGHT_BITS: Final = 120

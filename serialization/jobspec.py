@@ -195,8 +195,10 @@ class JobSpec:
     client_output: tuple[FilterSpec, ...] = ()
     client_app: str = ""
     site_apps: tuple[ClientApp, ...] = ()
+    _apps: tuple[ClientApp, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_apps", self._all_apps())  # asked for several times for each task
         check_job_name(self.name)
         check_app_name(self.app)
         whole(self.min_clients, "min_clients", 1, MAX_SITES)
@@ -250,6 +252,9 @@ class JobSpec:
     @property
     def apps(self) -> tuple[ClientApp, ...]:
         """What runs at the sites: the app for all, if there is one, and those for some."""
+        return self._apps
+
+    def _all_apps(self) -> tuple[ClientApp, ...]:
         if not self.executors:
             return self.site_apps
         common = ClientApp(

@@ -2,7 +2,8 @@
 
 Tensors of ``optimizer_params`` have names that start with ``__optimizer__.``. The metadata key ``fedloom`` holds, as
 JSON, the plain side (see `plain_side`) and what the names cannot tell: ``order`` (the user's order of names, as
-positions in the file's), ``structure`` and ``optimizer`` (the specs of `model.flatten`).
+positions in the file's), ``structure`` and ``optimizer`` (the specs of `model.flatten`), and where a codec was used
+(see `narrowing`) ``codec`` and ``coded``: by the type that they had, the positions of the tensors that it changed.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import numpy as np
 from .digest import digest_buffers
 from .dtypes import DTYPES, Array, is_int
 from .envelope import Buffer
-from .errors import HeaderError, LayoutError, PayloadError
+from .errors import HeaderError, LayoutError, PayloadError, ValuesError
 from .header import Header, TensorInfo, build_header, file_order, read_header
 from .model import FLModel, ParamsType, flatten, unflatten
+from .narrowing import SCALE_PREFIX, coded_tensors, narrow_all, positions_of, widened
 from .plain import dump_json, model_of, parse_json, plain_side
 from .tensors import as_numpy, is_torch, raw_bytes, spec_of, view_numpy, view_torch
 
@@ -32,7 +34,7 @@ OPTIMIZER_PREFIX: Final = "__optimizer__."
 #: The key of `Header.metadata` that holds a model's description.
 DESCRIPTION: Final = "fedloom"
 
-_STRUCTURE_KEYS: Final = frozenset({"order", "structure", "optimizer"})
+_STRUCTURE_KEYS: Final = frozenset({"order", "structure", "optimizer", "codec", "coded"})
 #: What tools of the torch world look for before they load a file.
 _FORMAT: Final = "format"
 _TORCH_FORMAT: Final = "pt"
@@ -93,12 +95,17 @@ class EncodedModel:
         return digest_buffers(self.buffers)
 
 
-def encode_model(model: FLModel) -> EncodedModel:
+def encode_model(model: FLModel, *, codec: str = "") -> EncodedModel:
     """Describe a model as a payload; tensors are numpy arrays, torch tensors and numbers.
 
     The same model gives the same bytes. Two names for one tensor (tied weights) are stored under both.
 
+    Args:
+        model: the model.
+        codec: what float tensors of its params are narrowed by, one of `narrowing.CODED`; "" keeps them.
+
     Raises:
+        ValuesError: a value that the codec cannot hold.
         LayoutError: a tensor of a type that cannot be stored, or two with the same flat name.
         PayloadError: metrics or meta that are not plain data.
         HeaderError: a name that the format or fedloom does not allow.
@@ -119,14 +126,18 @@ def encode_model(model: FLModel) -> EncodedModel:
     if model.optimizer_params is not None:
         optimizer, description["optimizer"] = flatten(model.optimizer_params, plain=True)
         tensors |= {OPTIMIZER_PREFIX + name: value for name, value in optimizer.items()}
+    torch_made = any(is_torch(value) for value in tensors.values())
+    had = narrow_all(tensors, names, codec) if codec else {}
     specs = [(name, *_spec(name, value)) for name, value in tensors.items()]
 
     place = {name: i for i, (name, _, _) in enumerate(file_order(specs[: len(names)]))}
     order = [place[name] for name in names]
     if order != list(range(len(order))):
         description["order"] = order
+    if had:
+        description |= {"codec": codec, "coded": positions_of(had, file_order(specs))}
     metadata = {DESCRIPTION: dump_json(description)}
-    if any(is_torch(value) for value in tensors.values()):
+    if torch_made:
         metadata[_FORMAT] = _TORCH_FORMAT
     header, header_bytes = build_header(specs, metadata)
     buffers = [memoryview(header_bytes), *(raw_bytes(tensors[t.name]) for t in header.tensors if t.stop > t.start)]
@@ -177,8 +188,15 @@ def decode_model(
     body = data[header.data_start :]
     params: dict[str, Any] = {}
     optimizer: dict[str, Any] = {}
+    had = coded_tensors(header, extra.get("codec"), extra.get("coded"))
     for tensor in header.tensors:
-        value = _view(body, tensor, as_torch)
+        if had and tensor.name.startswith(SCALE_PREFIX):
+            continue
+        value = (
+            _widened(body, header, tensor, extra["codec"], had[tensor.name], as_torch)
+            if tensor.name in had
+            else _view(body, tensor, as_torch)
+        )
         if described and tensor.name.startswith(OPTIMIZER_PREFIX):
             optimizer[tensor.name[len(OPTIMIZER_PREFIX) :]] = value
         else:
@@ -195,6 +213,21 @@ def decode_model(
         nested,
         unflatten(optimizer, extra["optimizer"]) if "optimizer" in extra else None,
     )
+
+
+def layout_of(header: Header) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype and shape of each of the params, as `decode_model` gives them.
+
+    Raises:
+        PayloadError: the description is malformed.
+    """
+    extra = describe(header)[1]
+    had = coded_tensors(header, extra.get("codec"), extra.get("coded"))
+    return {
+        t.name: (had.get(t.name, t.dtype), t.shape)
+        for t in header.tensors
+        if not t.name.startswith(OPTIMIZER_PREFIX) and not (had and t.name.startswith(SCALE_PREFIX))
+    }
 
 
 def describe(header: Header) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -237,6 +270,16 @@ def _view(body: Array, tensor: TensorInfo, as_torch: bool) -> Any:
     if tensor.dtype == "BOOL" and raw.size and raw.max() > 1:
         raise PayloadError(f"tensor {tensor.name!r} holds a byte {raw.max()}; bools are 0 or 1")
     return (view_torch if as_torch else view_numpy)(raw, tensor.dtype, tensor.shape)
+
+
+def _widened(body: Array, header: Header, tensor: TensorInfo, codec: str, dtype: str, as_torch: bool) -> Any:
+    scales = header.by_name.get(SCALE_PREFIX + tensor.name)
+    raw = body[tensor.start : tensor.stop]
+    try:
+        wide = widened(raw, body[scales.start : scales.stop] if scales is not None else None, codec, dtype)
+    except ValuesError as error:
+        raise PayloadError(f"tensor {tensor.name!r}: {error}") from None
+    return (view_torch if as_torch else view_numpy)(wide, dtype, tensor.shape)
 
 
 def _reorder(params: dict[str, Any], order: Any) -> dict[str, Any]:

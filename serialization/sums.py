@@ -8,26 +8,15 @@ exact, order-free and invertible, and whether the scale was good is decided on t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import DTYPES, is_float, is_int
-from .fixedpoint import (
-    BLOCK,
-    Bytes,
-    FixedSums,
-    Floats,
-    Ints,
-    Widener,
-    exact_units,
-    exponent_from_total,
-    in_range,
-    is_fine,
-    is_over,
-    scan,
-)
+from .elements import Bytes, Elements, Floats, Ints, Scratch, scan
+from .fixedpoint import FixedSums, exact_units, exponent_from_total, in_range, is_fine, is_over
+from .floatsums import FloatSums
 from .foldplan import FoldPlan, Kind
 from .intsum import WEIGHT_BITS, IntSum, weight_digits
 from .tally import Contribution
@@ -57,76 +46,23 @@ class Record:
         self.over += sign * other.over
 
 
-class RunningMeans:
-    """The float32 running means that stand in for `FixedSums` where a plan is not exact.
-
-    Half the memory and fewer passes, but the last bits depend on the order, and nothing can be taken out again.
-    """
-
-    __slots__ = ("_dtypes", "_means", "_scratch", "_starts", "_weights", "_widener", "exponents")
-
-    exact: Final = False
-
-    def __init__(self, dtypes: tuple[str, ...], sizes: tuple[int, ...]) -> None:
-        self._dtypes = dtypes
-        starts = [0]
-        for size in sizes:
-            starts.append(starts[-1] + size)
-        self._starts = tuple(starts)
-        self._means: NDArray[np.float32] = np.empty(0, np.float32)
-        self._scratch: NDArray[np.float32] = np.empty(0, np.float32)
-        self._weights = [0.0] * len(sizes)
-        self._widener = Widener()
-        self.exponents: tuple[int, ...] = ()
-
-    def add(self, index: int, start: int, raw: Bytes, weight: float) -> tuple[float, int]:
-        """Move a tensor's means towards a result's values, which were checked before; as `FixedSums.add`."""
-        if not self._means.size:
-            self._means = np.zeros(self._starts[-1], np.float32)
-            self._scratch = np.empty(BLOCK, np.float32)
-        dtype = self._dtypes[index]
-        itemsize = DTYPES[dtype].itemsize
-        means = self._means[self._starts[index] + start : self._starts[index + 1]]
-        share = np.float32(weight / (self._weights[index] + weight))
-        count = raw.size // itemsize
-        for first in range(0, count, BLOCK):
-            last = min(first + BLOCK, count)
-            step = self._scratch[: last - first]
-            block = means[first:last]
-            values = self._widener.read(raw[first * itemsize : last * itemsize], dtype)
-            np.subtract(values, block, out=step, casting="same_kind")
-            np.multiply(step, share, out=step)
-            np.add(block, step, out=block)
-        return 0.0, count
-
-    def settle(self, index: int, weight: float) -> None:
-        """Count a result of which all elements of a tensor were added."""
-        self._weights[index] += weight
-
-    def mean(self, index: int, start: int, count: int, denominator: float, out: Floats) -> None:
-        """Write elements from ``start`` on as float64; as `FixedSums.mean`."""
-        first = self._starts[index] + start
-        np.copyto(out, self._means[first : first + out.size])
-
-
 class Sums:
     """All sums of a fold, by the index of the tensor in the plan."""
 
-    def __init__(self, plan: FoldPlan) -> None:
+    def __init__(self, plan: FoldPlan, spare: NDArray[Any] | None = None) -> None:
         self._plan = plan
         self.folded = plan.folded()
         dtypes = tuple(t.dtype for t in plan.tensors)
         active = zip(plan.tensors, self.folded, strict=True)
         sizes = tuple(t.items if folded and is_float(t.dtype) else 0 for t, folded in active)
-        self.floats: FixedSums | RunningMeans = (FixedSums if plan.exact else RunningMeans)(dtypes, sizes)
-        self._items = sum(sizes)
+        self.floats: FixedSums | FloatSums = (FixedSums if plan.exact else FloatSums)(dtypes, sizes, spare)
         self.ints: dict[int, IntSum] = {}
         self.records = [Record() for _ in plan.tensors]
 
     @property
     def nbytes(self) -> int:
         """Memory of the float sums in bytes, once results are in."""
-        return (8 if self._plan.exact else 4) * self._items
+        return self.floats.sums.nbytes
 
     def use(self, kind: Kind) -> None:
         """Take the scales of this kind of results; before the first addition."""
@@ -150,7 +86,7 @@ class Sums:
     def settle(self, index: int, contribution: Contribution, largest: float, *, subtract: bool = False) -> None:
         """Count a result of which all elements of a tensor were added (or taken out)."""
         self.records[index].add(self.record_of(index, contribution, largest), -1 if subtract else 1)
-        if isinstance(self.floats, RunningMeans):
+        if isinstance(self.floats, FloatSums):
             self.floats.settle(index, contribution.weight)
 
     def better_scales(self, kind: Kind) -> dict[int, int]:
@@ -185,10 +121,10 @@ class Sums:
         # units of 2^-1074 over units of 2^-120
         return record.total / (record.weight << (1074 - WEIGHT_BITS))
 
-    def mean(self, index: int, start: int, out: Floats) -> None:
+    def mean(self, index: int, start: int, out: Floats, scratch: Scratch | None = None) -> None:
         """Write the weighted mean of a float tensor's elements from ``start`` on."""
         record = self.records[index]
-        self.floats.mean(index, start, record.count, record.weight / (1 << WEIGHT_BITS), out)
+        self.floats.mean(index, start, record.count, record.weight / (1 << WEIGHT_BITS), out, scratch)
 
     def is_float(self, index: int) -> bool:
         """Whether a tensor is one of floats."""
@@ -203,7 +139,7 @@ class Sums:
     def combine(self, index: int, record: Record, sums: list[Ints], lowest: int, *, subtract: bool = False) -> None:
         """Add (or take out) a partial's tensor: a float tensor's raw sums, or an integer tensor's limbs."""
         if not isinstance(self.floats, FixedSums):
-            raise TypeError("running means cannot be combined")
+            raise TypeError("float sums cannot be combined")
         self.records[index].add(record, -1 if subtract else 1)
         if is_int(self._plan.tensors[index].dtype):
             self.int_sum(index).combine(lowest, sums, subtract=subtract)
@@ -214,28 +150,32 @@ class Sums:
 class Addition:
     """The sink that adds one result to the sums, or takes it out."""
 
-    __slots__ = ("_begun", "_contribution", "_digits", "_plan", "_subtract", "_sums")
+    __slots__ = ("_begun", "_checked", "_contribution", "_digits", "_plan", "_subtract", "_sums")
 
-    def __init__(self, plan: FoldPlan, sums: Sums, contribution: Contribution, *, subtract: bool = False) -> None:
+    def __init__(
+        self, plan: FoldPlan, sums: Sums, contribution: Contribution, *, subtract: bool = False, checked: bool = False
+    ) -> None:
         self._plan = plan
         self._sums = sums
         self._contribution = contribution
         self._digits = weight_digits(contribution.units)
         self._subtract = subtract
+        self._checked = checked  # a `Scan` has been over the values
         self._begun: set[int] = set()
+        sums.floats.sums.ready()  # so that threads find the array there
 
-    def add(self, index: int, start: int, raw: Bytes) -> tuple[float, int]:
+    def add(self, index: int, start: int, raw: Bytes, elements: Elements | None, scratch: Scratch) -> tuple[float, int]:
         """Add elements from ``start`` on: max|x|, and how many were added; fewer than given before one that is bad."""
-        dtype = self._plan.tensors[index].dtype
-        if is_float(dtype):
-            if isinstance(self._sums.floats, FixedSums):
-                return self._sums.floats.add(index, start, raw, self._contribution.weight, subtract=self._subtract)
-            return self._sums.floats.add(index, start, raw, self._contribution.weight)
+        floats, weight = self._sums.floats, self._contribution.weight
+        if elements is not None:
+            if isinstance(floats, FloatSums):
+                return floats.add(index, start, raw, weight, elements, scratch, checked=self._checked)
+            return floats.add(index, start, raw, weight, subtract=self._subtract, elements=elements, scratch=scratch)
         total = self._sums.int_sum(index)
         if index not in self._begun:
             total.begin(self._digits)
             self._begun.add(index)
-        values = raw.view(DTYPES[dtype].numpy)
+        values = raw.view(DTYPES[self._plan.tensors[index].dtype].numpy)
         total.add(start, values, self._digits, subtract=self._subtract)
         return 0.0, values.size
 
@@ -243,15 +183,13 @@ class Addition:
 class Scan:
     """The sink that adds nothing and only looks for NaN, Inf and values beyond 2^900."""
 
-    __slots__ = ("_plan", "_widener")
+    __slots__ = ("_plan",)
 
     def __init__(self, plan: FoldPlan) -> None:
         self._plan = plan
-        self._widener = Widener()
 
-    def add(self, index: int, start: int, raw: Bytes) -> tuple[float, int]:
+    def add(self, index: int, start: int, raw: Bytes, elements: Elements | None, scratch: Scratch) -> tuple[float, int]:
         """As `Addition.add`, without adding."""
-        dtype = self._plan.tensors[index].dtype
-        if not is_float(dtype):
-            return 0.0, raw.size // DTYPES[dtype].itemsize
-        return scan(raw, dtype, self._widener)
+        if elements is None:
+            return 0.0, raw.size // DTYPES[self._plan.tensors[index].dtype].itemsize
+        return scan(start, raw, elements, scratch)

@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 
+from ...serialization.accumulator import Accumulator
 from ...serialization.envelope import Buffer
 from ...serialization.errors import FoldError
 from ...serialization.feeder import Feeder, Source
@@ -16,6 +17,7 @@ from ...serialization.fold import Fold, Good, Rescale
 from ...serialization.foldplan import WEIGHT_KEY, FoldPlan
 from ...serialization.header import Header
 from ...serialization.model import FLModel, flatten
+from ...serialization.narrowing import check_codec
 from .base import Model
 
 log = structlog.get_logger(__name__)
@@ -31,8 +33,10 @@ class WeightedMean:
             through partials or not. False keeps a float32 running mean: half the memory, but the bits depend on the
             order of arrival, and there are neither partials nor checkpoints.
         weight_key: the meta key of a result's steps. Missing from all results of a round means equal weights.
+        codec: ``"fp16"``, ``"bf16"`` or ``"int8"``, in which float tensors of results may come beside their own type.
 
     Raises:
+        JobError: an unknown codec.
         FoldError: a bad pattern or weight, when the first round is planned.
     """
 
@@ -43,12 +47,16 @@ class WeightedMean:
         exclude_vars: str | None = None,
         exact: bool = True,
         weight_key: str = WEIGHT_KEY,
+        codec: str = "",
     ) -> None:
         self._aggregation_weights = dict(aggregation_weights or {})
         self._exclude_vars = exclude_vars
         self._exact = exact
         self._weight_key = weight_key
+        self._codec = check_codec(codec)
         self._said_equal = False
+        #: the sums of the round before, of which the next takes the memory: new pages cost more than the sums
+        self.used: Accumulator | None = None
 
     @property
     def associative(self) -> bool:
@@ -76,9 +84,11 @@ class WeightedMean:
                 exclude=self._exclude_vars,
                 weight_key=self._weight_key,
                 exact=self._exact,
+                codec=self._codec,
             )
-        mine = (self._aggregation_weights, self._exclude_vars or "", self._weight_key, self._exact)
-        if (dict(previous.aggregation_weights), previous.exclude, previous.weight_key, previous.exact) != mine:
+        mine = (self._aggregation_weights, self._exclude_vars or "", self._weight_key, self._exact, self._codec)
+        seen = (previous.exclude, previous.weight_key, previous.exact, previous.codec)
+        if (dict(previous.aggregation_weights), *seen) != mine:
             raise FoldError(
                 "the round before was planned with other options of the aggregator; a job keeps its options"
             )
@@ -102,7 +112,8 @@ class MeanAggregate:
         self._owner = owner
         self._base = base
         self._master = master
-        self._fold = Fold(plan)
+        used, owner.used = owner.used, None
+        self._fold = Fold(plan, spare=used.release() if used is not None else None)
 
     @property
     def plan(self) -> FoldPlan:
@@ -134,12 +145,14 @@ class MeanAggregate:
         return self._fold.check()
 
     def again(self, plan: FoldPlan) -> MeanAggregate:
-        """An empty mean of the same round, by the plan of a `Rescale`."""
+        """An empty mean of the same round, by the plan of a `Rescale`; this one is done with."""
+        self._owner.used = self._fold.accumulator
         return MeanAggregate(self._owner, self._base, plan, self._master)
 
     def finish(self) -> FLModel:
-        """The new global model; see `Fold.finish`."""
+        """The new global model; see `Fold.finish`. The sums are there until the next round starts."""
         model = self._fold.finish(self._base, master=self._master)
+        self._owner.used = self._fold.accumulator
         if self._fold.equal_weights:
             self._owner.say_equal(self._fold.count)
         return model

@@ -47,6 +47,7 @@ class FedAvg(Workflow):
         params_transfer_type: "FULL" or "DIFF": what the sites are told to send. What they do send decides.
         aggregation_weights: a factor a site on its weight.
         exclude_vars: regular expression; matching tensors keep their global values.
+        exact: as `WeightedMean`: False is a float32 running mean, whose bits depend on the order of arrival.
         key_metric: the metric by which the best model is kept.
         key_metric_mode: "max" or "min"; None: as the operator of a ``stop_cond`` on it says, else "max".
         stop_cond: end when the received model scores so, such as "accuracy >= 80"; it is then the job's model.
@@ -75,6 +76,8 @@ class FedAvg(Workflow):
         params_transfer_type: str = "FULL",
         aggregation_weights: Mapping[str, float] | None = None,
         exclude_vars: str | None = None,
+        exact: bool = True,
+        codec: str = "",
         key_metric: str = "accuracy",
         key_metric_mode: str | None = None,
         stop_cond: str | None = None,
@@ -112,7 +115,7 @@ class FedAvg(Workflow):
         self.memory_gc_rounds = memory_gc_rounds
         self.aggregator_format: Literal["numpy", "pytorch"] = aggregator_format
         self.aggregator = _aggregator(aggregator) or WeightedMean(
-            aggregation_weights=aggregation_weights, exclude_vars=exclude_vars
+            aggregation_weights=aggregation_weights, exclude_vars=exclude_vars, exact=exact, codec=codec
         )
         self._said_missing = False
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from ...serialization import spans
 from ...serialization.errors import FoldError, GatherError, LayoutError, PayloadError, ValuesError, WireError
 from ...serialization.foldplan import FoldPlan
 from ...serialization.messages import Failure
@@ -131,7 +132,10 @@ def aggregate(
         except (PayloadError, WireError) as error:
             collection.refuse(result, error)
             continue
-        if aggregator.accept_model(model) is False:
+        began = spans.start()
+        taken = aggregator.accept_model(model)
+        spans.end("fold", began, site=result.site)
+        if taken is False:
             collection.refuse(result, ValuesError(f"{type(aggregator).__name__} did not accept it"))
             continue
         accepted.append(result)
@@ -139,22 +143,26 @@ def aggregate(
     if len(accepted) < max(1, gather.opening.rule.min_clients):
         raise _too_few(gather, len(accepted), collection.refused)
     check_mandatory(fed, gather, accepted)
+    began = spans.start()
     made = new_model(aggregator, base)
+    spans.end("finish", began)
     metrics, weight_sum, equal = weighted_metrics([result.meta for result in accepted])
     own = {name: float(value) for name, value in (made.metrics or {}).items() if isinstance(value, int | float)}
     return Outcome(made, own or metrics, weight_sum, equal)
 
 
 def _finished(aggregate: Aggregate) -> Outcome:
-    model = aggregate.finish()
-    return Outcome(
-        model,
+    began = spans.start()
+    outcome = Outcome(
+        aggregate.finish(),
         aggregate.metrics,
         float(aggregate.weight_sum),
         aggregate.equal_weights,
         aggregate.next_plan(),
         dict(aggregate.master),
     )
+    spans.end("finish", began)
+    return outcome
 
 
 def _layout(model: FLModel) -> Layout:

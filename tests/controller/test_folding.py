@@ -86,6 +86,18 @@ def test_bad_results_leave_no_trace(farm: Any, tools: Any, bad: str, singly: boo
     assert "site-1" in str(caught.value)
 
 
+@pytest.mark.parametrize("singly", [False, True], ids=["inline", "streamed"])
+def test_float_sums_take_whole_results_and_no_checkpoints(farm: Any, tools: Any, singly: bool) -> None:
+    exact = np.frombuffer(Round(farm(sites=4), tools.model_of(), min_clients=4).bits(), np.float32)
+    f = farm(sites=4)
+    f.singly = singly
+    turn = Round(f, tools.model_of(), min_clients=4)
+    turn.aggregator = WeightedMean(exact=False)
+    turn.plan = turn.aggregator.plan(turn.base, tasks=4)
+    assert np.allclose(np.frombuffer(turn.bits(checkpoint_bytes=1), np.float32), exact, rtol=1e-6)
+    assert turn.record.results == 4
+
+
 def test_what_is_no_single_sites_fault_ends_the_job(farm: Any, tools: Any) -> None:
     def mixed_weights(site: str, round: int, model: FLModel) -> FLModel:
         result = tools.steady(site, round, model)

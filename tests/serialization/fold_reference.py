@@ -10,8 +10,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from fedloom.serialization.elements import BLOCK
 from fedloom.serialization.errors import ValuesError
-from fedloom.serialization.fixedpoint import BIAS, BLOCK, LIMIT
+from fedloom.serialization.fixedpoint import BIAS, LIMIT
 from fedloom.serialization.fold import Fold
 from fedloom.serialization.foldplan import FoldPlan
 from fedloom.serialization.header import read_header

@@ -12,8 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from fedloom.serialization.elements import BLOCK
 from fedloom.serialization.errors import FoldError, HeaderError, LayoutError, PayloadError, ValuesError, WeightError
-from fedloom.serialization.fixedpoint import BLOCK
 from fedloom.serialization.fold import Fold, Good, Rescale
 from fedloom.serialization.foldplan import FoldPlan
 from fedloom.serialization.header import read_header

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fedloom.serialization.elements import BLOCK
 from fedloom.serialization.errors import FoldError, ValuesError
-from fedloom.serialization.fixedpoint import BLOCK
 from fedloom.serialization.fold import Fold
 from fedloom.serialization.foldplan import FoldPlan
 from fedloom.serialization.intsum import IntSum, weight_digits

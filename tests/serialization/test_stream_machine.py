@@ -404,6 +404,7 @@ TestStreamMachine.settings = SHORT
 
 
 @pytest.mark.proof
+@pytest.mark.timeout(1500)
 def test_many_streams() -> None:
     """The long form."""
     run_state_machine_as_test(StreamMachine, settings=long(3000, 60, SHORT))
