@@ -196,7 +196,6 @@ class JobClient:
                         "num_rounds": spec.num_rounds,
                         "rounds": spec.num_rounds,
                         "seed": spec.seed,
-                        "sites": list(spec.sites or ()),
                         **_model_bytes(spec, folder),
                     },
                 )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..serialization.errors import JobError
 from . import overrides
 from .failures import SiteFailure, failures_of, script_errors
 from .logs import check_level
@@ -17,6 +18,8 @@ from .simulate import DEFAULT_WORKSPACE, SimOptions, raise_failure, show_failure
 
 if TYPE_CHECKING:
     from ..sim.launcher import SimResult
+    from ..sim.planning.figures import Plan
+    from .base import Recipe
     from .client import JobClient
     from .job import Job
 
@@ -41,7 +44,10 @@ class SimEnv(Env):
         workspace_root: the folder below which the job's folder is made; default ``FEDLOOM_WORKSPACE``, else
             ``./fedloom-workspace``. A folder of the job's name that fedloom made is moved to ``<name>.previous``.
         seed: instead of the job's own.
+        profile: write where the time of the rounds went to ``profile/`` in the result folder, and show it at the end.
         show_progress: a live line on standard error.
+        gpu_memory_share: the part of each of its GPUs' memory that a worker may take: a number such as 0.5, or "equal"
+            for as much as the others on the GPU have; default: no bound.
         check: raise where the run fails; False returns the failed run.
         extra: further fields of `sim.launcher.SimConfig`.
         log_config: another name for ``log_level``; concise, full, verbose and msg_only are known too.
@@ -60,8 +66,10 @@ class SimEnv(Env):
         workspace_root: str | Path | None = None,
         *,
         seed: int | None = None,
+        profile: bool = False,
         show_progress: bool = True,
         check: bool = True,
+        gpu_memory_share: float | str | None = None,
         extra: dict[str, Any] | None = None,
         log_config: str | None = None,
     ) -> None:
@@ -73,8 +81,10 @@ class SimEnv(Env):
             clients=tuple(clients or ()),
             num_threads=num_threads,
             gpu_config=gpu_config,
+            gpu_memory_share=gpu_memory_share,
             workspace_root=Path(workspace_root) if workspace_root else None,
             seed=None if seed is None else whole(seed, "seed"),
+            profile=profile,
             log_level=check_level(log_level or log_config, "warning"),
             show_progress=show_progress,
             extra=extra or {},
@@ -88,6 +98,10 @@ class SimEnv(Env):
         """
         by = overrides.active()
         options = self.options.overridden(by)
+        if by is not None and by.plan:
+            from .planning import Planned, plan_job
+
+            raise Planned(plan_job(options, job=job))
         result = simulate(options, job=job)
         if by is not None:
             by.runs.append(
@@ -97,6 +111,19 @@ class SimEnv(Env):
             raise_failure(result)
         show_failures(result)
         return Run(result.job_id, SimBackend(result))
+
+    def plan(self, job: Job | Recipe) -> Plan:
+        """What a run would take of memory, GPUs, disk and time, and whether that fits: see `docs/guides/simulation.md`.
+
+        One client runs the job for two rounds, in a temporary folder.
+
+        Raises:
+            JobError: the job does not fit the options. TaskError: the client's code failed.
+        """
+        from .job import Job
+        from .planning import plan_job
+
+        return plan_job(self.options, job=job if isinstance(job, Job) else job.job)
 
 
 class SimBackend:
@@ -149,10 +176,14 @@ class ProdEnv(Env):
 
         Raises:
             LinkError: the broker cannot be reached. FaultError: it refused the job.
+            JobError: ``--profile`` or ``--plan``, which are for simulations.
         """
         import tempfile
 
         by = overrides.active()
+        if by is not None and (by.profile or by.plan):
+            asked = "--plan" if by.plan else "--profile"
+            raise JobError(f"{asked} is for simulations: this script submits its job to a broker (ProdEnv)")
         if by is not None and by.seed is not None:
             job.seed = by.seed
         with tempfile.TemporaryDirectory(prefix="fedloom-job-") as temporary:

@@ -26,9 +26,12 @@ class Overrides:
     clients: tuple[str, ...] | None = None
     num_threads: int | None = None
     gpu_config: str | None = None
+    gpu_memory_share: str | None = None
+    plan: bool = False
     workspace_root: Path | None = None
     max_clients: int | None = None
     seed: int | None = None
+    profile: bool = False
     log_level: str | None = None
     log_json: bool | None = None
     show_progress: bool | None = None

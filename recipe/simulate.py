@@ -31,7 +31,19 @@ DEFAULT_WORKSPACE = "fedloom-workspace"
 _DEFAULT_CLIENTS = 2
 #: Fields of `sim.launcher.SimConfig` that these options fill in by themselves.
 _OWN_FIELDS = frozenset(
-    {"job_folder", "workspace", "sites", "threads", "gpu", "seed", "show_progress", "log_level", "log_json"}
+    {
+        "job_folder",
+        "workspace",
+        "sites",
+        "threads",
+        "gpu",
+        "gpu_memory_share",
+        "seed",
+        "profile",
+        "show_progress",
+        "log_level",
+        "log_json",
+    }
 )
 
 
@@ -43,9 +55,11 @@ class SimOptions:
     clients: tuple[str, ...] = ()
     num_threads: int | None = None
     gpu_config: str | None = None
+    gpu_memory_share: float | str | None = None
     workspace_root: Path | None = None
     max_clients: int | None = None
     seed: int | None = None
+    profile: bool = False
     log_level: str = "warning"
     log_json: bool = False
     show_progress: bool = True
@@ -55,6 +69,8 @@ class SimOptions:
         whole(self.num_clients, "num_clients")
         if self.num_threads is not None:
             whole(self.num_threads, "num_threads", 1)
+        if self.profile not in (True, False):
+            raise JobError(f"profile={self.profile!r}; True or False: the files go to profile/ in the result folder")
         for name in self.clients:
             check_site_name(name)
         if len(set(self.clients)) != len(self.clients):
@@ -73,9 +89,11 @@ class SimOptions:
             clients=clients,
             num_threads=_first(by.num_threads, self.num_threads),
             gpu_config=_first(by.gpu_config, self.gpu_config),
+            gpu_memory_share=_first(by.gpu_memory_share, self.gpu_memory_share),
             workspace_root=_first(by.workspace_root, self.workspace_root),
             max_clients=_first(by.max_clients, self.max_clients),
             seed=_first(by.seed, self.seed),
+            profile=by.profile or self.profile,
             log_level=by.log_level or self.log_level,
             log_json=self.log_json if by.log_json is None else by.log_json,
             show_progress=self.show_progress if by.show_progress is None else by.show_progress,
@@ -144,19 +162,35 @@ def simulate(options: SimOptions, *, job: Job | None = None, folder: Path | None
 
 def _simulate(options: SimOptions, job: Job | None, folder: Path | None) -> SimResult:
     spec = job.spec() if job is not None else JobSpec.load(_given(folder))
-    sites = options.sites_for(spec)
-    check_named(spec, sites)
-    seed = spec.seed if options.seed is None else options.seed
-    threads = None if options.num_threads is None else min(len(sites), options.num_threads)
+    sites, seed, threads = checked(options, spec)
     from ..sim import preload
-    from ..sim.gpus import parse_gpus, worker_count
 
-    worker_count(len(sites), threads, parse_gpus(options.gpu_config))  # what is wrong is said before anything is moved
     try:
         preload.start_early()  # it loads what it needs while this process does
         return _run(options, job, folder, spec, sites, seed, threads)
     finally:
         preload.end_early()
+
+
+def checked(options: SimOptions, spec: JobSpec) -> tuple[list[str], int, int | None]:
+    """The sites, the seed and T; what is wrong with any of the options is said before anything is moved.
+
+    Raises:
+        JobError: the job does not fit the options, or the machine has no such GPUs.
+    """
+    _check_extra(options.extra)
+    sites = options.sites_for(spec)
+    check_named(spec, sites)
+    threads = None if options.num_threads is None else min(len(sites), options.num_threads)
+    from ..sim.devices import check_present
+    from ..sim.gpus import parse_gpus, slots, unmet, worker_count
+
+    groups = parse_gpus(options.gpu_config)
+    slots(groups, worker_count(len(sites), threads, groups), options.gpu_memory_share)
+    check_present(groups)
+    if text := unmet(spec.resource_spec, sites, groups):
+        note(text)
+    return sites, spec.seed if options.seed is None else options.seed, threads
 
 
 def check_named(spec: JobSpec, sites: Sequence[str]) -> None:
@@ -207,7 +241,6 @@ def _run(
 ) -> SimResult:
     from ..sim.launcher import SimConfig, run_simulation  # only now: it is slow, and what is wrong was said before
 
-    _check_extra(options.extra)
     place = options.workspace_for(spec.name)
     if folder is not None and (inner := folder.expanduser().resolve()).is_relative_to(place):
         folder = previous(place) / inner.relative_to(place)  # the last run's own job: it moves away with it
@@ -217,20 +250,27 @@ def _run(
             job.export(source)
         else:
             _copy(_given(folder), source)
-        return run_simulation(
-            SimConfig(
-                job_folder=source,
-                sites=sites,
-                threads=threads,
-                gpu=options.gpu_config,
-                workspace=workspace,
-                seed=seed,
-                show_progress=options.show_progress,
-                log_level=options.log_level,
-                log_json=options.log_json,
-                **options.extra,
-            )
-        )
+        return run_simulation(SimConfig(**sim_settings(options, source, workspace, sites, seed, threads)))
+
+
+def sim_settings(
+    options: SimOptions, job: Path, workspace: Path, sites: Sequence[str], seed: int, threads: int | None
+) -> dict[str, Any]:
+    """The fields of `sim.launcher.SimConfig`."""
+    return {
+        "job_folder": job,
+        "sites": sites,
+        "threads": threads,
+        "gpu": options.gpu_config,
+        "gpu_memory_share": options.gpu_memory_share,
+        "workspace": workspace,
+        "seed": seed,
+        "profile": options.profile,
+        "show_progress": options.show_progress,
+        "log_level": options.log_level,
+        "log_json": options.log_json,
+        **options.extra,
+    }
 
 
 def _given(folder: Path | None) -> Path:

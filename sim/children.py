@@ -30,6 +30,8 @@ POOL = "sim"
 _BROKER: dict[str, Any] = {"durability": "process", "integrity": "size", "trust_local": True}
 #: How long the agent's hosts may take to end when the run is over; `SimConfig.grace_s` bounds the whole.
 HOSTS_END_S = 8.0
+#: How many tasks the one agent takes on beyond those that run.
+_MOST_AHEAD = 1024
 
 
 def run_broker(
@@ -102,6 +104,7 @@ def run_agent(
         "capacity": len(slot_envs),
         "slot_envs": tuple(slot_envs) if any(slot_envs) else (),
         "share_logs": False,  # the run takes the files themselves
+        "queue_ahead": max(32, 2 * len(slot_envs), min(_MOST_AHEAD, len(sites))),  # nobody else could take them
     }
     if not prefold:
         settings["partial_max_tasks"] = 1  # a batch of one leaves as a single result

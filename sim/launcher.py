@@ -21,6 +21,7 @@ from ..serialization.jobspec import JobSpec
 from ..serialization.messages import Hello
 from ..serialization.processes import setup_logging
 from .committed import Committed
+from .devices import check_present
 from .forkserver.warm import Warm
 from .gpus import parse_gpus, slots, worker_count
 from .interrupts import Shield, interruptible
@@ -89,7 +90,8 @@ def run_simulation(config: SimConfig) -> SimResult:
     started = time.monotonic()
     groups = parse_gpus(config.gpu)
     sites = sites_of(config, JobSpec.load(config.job_folder))
-    workers = worker_count(len(sites), config.threads, groups)
+    places = slots(groups, worker_count(len(sites), config.threads, groups), config.gpu_memory_share)
+    check_present(groups)
     if not structlog.is_configured():
         setup_logging(config.log_level, config.log_json)
     with ExitStack() as stack:
@@ -99,13 +101,15 @@ def run_simulation(config: SimConfig) -> SimResult:
         modules = modules_for(spec.custom_dirs(workspace / "job"), torch=wants_torch(spec))
         warm = take_warm(modules)
         stack.callback(shield.run, warm.close)
+        if config.profile:
+            _profile(config, workspace, warm, shield, stack)
         work_dir = workspace / WORK_DIR
         settings = PipelineSettings(
             work_dir,
             sites,
-            tuple(slot.env for slot in slots(groups, workers)),
+            tuple(slot.env for slot in places),
             config.prefold,
-            max_parked(config, spec, workspace / "job", workers, gpus=bool(groups)),
+            max_parked(config, spec, workspace / "job", places, len(sites)),
             "debug" if config.log_level == "debug" else "info",
             config.log_json,
             config.env,
@@ -113,6 +117,17 @@ def run_simulation(config: SimConfig) -> SimResult:
             config.agent,
         )
         return _Run(config, spec, workspace, started, shield).go(warm, settings, stack)
+
+
+def _profile(config: SimConfig, workspace: Path, warm: Warm, shield: Shield, stack: ExitStack) -> None:
+    from .profile.recording import Profile
+
+    profile = Profile(workspace, warm, show=config.show_progress)
+
+    def write(kind: type[BaseException] | None, error: object, trace: object) -> None:
+        shield.run(lambda: profile.write(whole=kind is None))
+
+    stack.push(write)
 
 
 class _Run:
@@ -203,6 +218,8 @@ class _Run:
         for record in client.rounds(job_id, after=len(self._records)):
             self._records.append(record)
             self._reporter.round_done(record, rounds)
+            if self._config.on_round is not None:
+                self._config.on_round(record)
             for failure in failures_of([record]):
                 what = failure.text.strip().rpartition("\n")[2] or failure.code
                 self._reporter.note(f"  {failure.site} failed: {what}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from ..serialization.archive import SKIPPED_NAMES
 from ..serialization.errors import JobError
 from ..serialization.jobspec import JobSpec, check_site_name
+from .gpus import Slot, users
 
 __all__ = ["SimConfig", "max_parked", "place_job", "place_workspace", "sites_of", "wants_torch"]
 
@@ -32,14 +33,18 @@ class SimConfig:
         sites: the simulated sites' names; none: those that the job names.
         threads: T, how many sites run at once; None: all of them, or one for each GPU group.
         gpu: ``"0,1"`` or ``"[0,1],[2,3]"``, dealt to the T slots in turn.
+        gpu_memory_share: the part of each of its GPUs' memory that a worker may take: a number up to 1, or "equal".
         seed: in place of the job's own.
         max_parked: how many scripts may wait between their tasks before the least recently used is ended; None: what
-            this machine's memory allows, and with GPUs, whose memory each of them would hold, one for each slot.
+            this machine's memory allows; with GPUs, whose memory each of them would hold, one for each slot, or where
+            shares are set and there are more sites than slots, as many as have their share left beside the slots.
+        profile: write where the time of the rounds went to ``profile/`` in the result folder.
         prefold: let the agent fold results before it sends them, where the aggregator allows it.
         log_level: which lines of the processes' logs are shown while it runs; all from "info" on are in ``logs/``.
         timeout_s: the run's bound; None: as long as it takes.
         grace_s: how long scripts may go on after the job has ended.
         keep_store: leave the broker's store and the agent's workspace in ``.sim/``.
+        on_round: called with each committed round's record, within a fifth of a second of the commit.
         env, broker, agent: see `PipelineSettings`.
     """
 
@@ -48,8 +53,10 @@ class SimConfig:
     sites: Sequence[str] = ()
     threads: int | None = None
     gpu: str | None = None
+    gpu_memory_share: float | str | None = None
     seed: int | None = None
     max_parked: int | None = None
+    profile: bool = False
     prefold: bool = True
     show_progress: bool = True
     log_level: str = "warning"
@@ -57,6 +64,7 @@ class SimConfig:
     timeout_s: float | None = None
     grace_s: float = 10.0
     keep_store: bool = False
+    on_round: Callable[[dict[str, Any]], None] | None = None
     env: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
     broker: Mapping[str, Any] = field(default_factory=dict[str, Any])
     agent: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -103,11 +111,14 @@ def place_job(config: SimConfig, workspace: Path, sites: tuple[str, ...]) -> Job
     return wanted
 
 
-def max_parked(config: SimConfig, spec: JobSpec, folder: Path, workers: int, *, gpus: bool) -> int:
+def max_parked(config: SimConfig, spec: JobSpec, folder: Path, slots: Sequence[Slot], sites: int) -> int:
+    """How many scripts may wait between their tasks."""
+    workers = len(slots)
     if config.max_parked is not None:
         return config.max_parked
-    if gpus:
-        return workers
+    if slots[0].gpus:
+        shared = max(sum(slot.share for slot in slots if gpu in slot.gpus) for gpu in users(slots))
+        return int(workers * (1 / shared - 1) + 1e-6) if shared and sites > workers else workers
     model = max((path.stat().st_size for path in spec.app_dir(folder).glob("*.safetensors")), default=0)
     available = _available_bytes() * _PARKED_SHARE
     return max(workers, int(available / (_SCRIPT_BYTES + _MODEL_COPIES * model)))

@@ -14,6 +14,7 @@ import typer
 
 from ...serialization.errors import FedloomError, JobError
 from .common import DONE, FAILED, WRONG_USE, Compat, Json, LogFormat, LogLevel, command, enable_compat, print_json
+from .plan import plan_folder, show_plan
 
 if TYPE_CHECKING:
     from ..overrides import Overrides
@@ -42,6 +43,12 @@ def sim(
     gpu: Annotated[
         str | None, typer.Option("-gpu", "--gpu", metavar="GPUS", help="Such as 0,1 or [0,1],[2,3].")
     ] = None,
+    gpu_memory_share: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu-memory-share", metavar="SHARE", help="Of its GPU's memory for each worker: such as 0.5, or equal."
+        ),
+    ] = None,
     max_clients: Annotated[
         int | None,
         typer.Option(
@@ -54,6 +61,13 @@ def sim(
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, metavar="S", help="Instead of the job's own.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Run one client, and say what all would take of memory, GPUs, disk and time.")
+    ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Show where the rounds' time went, and write it to profile/ in the result."),
+    ] = False,
     compat: Compat = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
@@ -73,13 +87,18 @@ def sim(
         clients=_names(clients),
         num_threads=threads,
         gpu_config=gpu,
+        gpu_memory_share=gpu_memory_share,
         workspace_root=workspace,
         max_clients=MAX_CLIENTS if max_clients is None and (n_clients or clients or job.is_dir()) else max_clients,
         seed=seed,
+        plan=plan,
+        profile=profile,
         log_level=level if level_said else None,
         log_json=json_lines,
         show_progress=not as_json and not json_lines,
     )
+    if plan and profile:
+        raise JobError("--plan runs no job that could be profiled: give --plan or --profile")
     if job.is_dir():
         if script_args:
             raise JobError(f"arguments {script_args} are for a job script; {job} is a job folder")
@@ -102,6 +121,8 @@ def _names(clients: str | None) -> tuple[str, ...] | None:
 def _run_folder(folder: Path, overrides: Overrides, as_json: bool) -> None:
     from ..simulate import SimOptions, raise_failure, show_failures, simulate
 
+    if overrides.plan:
+        raise typer.Exit(show_plan(plan_folder(folder, overrides), as_json))
     result = simulate(SimOptions().overridden(overrides), folder=folder)
     if as_json:
         print_json(
@@ -123,6 +144,7 @@ def _run_folder(folder: Path, overrides: Overrides, as_json: bool) -> None:
 def _run_script(script: Path, args: list[str], overrides: Overrides, as_json: bool) -> None:
     """Run the script as Python would, with the options in force; exit as its jobs, or the script itself, did."""
     from ..overrides import applied
+    from ..planning import Planned
 
     _load_early(script.resolve())
     sys.argv = [str(script), *args]
@@ -132,16 +154,18 @@ def _run_script(script: Path, args: list[str], overrides: Overrides, as_json: bo
     with applied(overrides), contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         try:
             runpy.run_path(str(script), run_name="__main__")
+        except Planned as planned:
+            raise typer.Exit(show_plan(planned.plan, as_json, out)) from None
         except SystemExit as stop:
             code = _script_code(stop)
         except (FedloomError, KeyboardInterrupt):
-            if as_json:
+            if as_json and not overrides.plan:
                 _print_runs(overrides, out)
             raise
         except Exception as error:  # noqa: BLE001 - the user's script may raise anything; its traceback is the answer
             _show_script_error(error, script)
             code = FAILED
-    if as_json:
+    if as_json and not overrides.plan:
         _print_runs(overrides, out)
     if code == DONE and not overrides.runs:
         typer.echo(f"error: {script} ran no job; it must call recipe.execute(SimEnv(...))", err=True)

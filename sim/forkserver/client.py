@@ -188,6 +188,14 @@ class WarmClient:
         with contextlib.suppress(ProcessError):
             self._send(Kill(pid, int(number)))
 
+    def processes(self) -> dict[int, str]:
+        """Those that run now, by process id: this client's with their names, and on the launcher's connection, with
+        "", everybody else's.
+        """
+        with self._lock:
+            mine = {process.pid: process.name for process in self._processes.values() if process.pid}
+        return dict.fromkeys(self._others.copy(), "") | mine
+
     def kill_others(self) -> None:
         """After the death of the warm process: kill the groups of what it had started, for whatever client.
 

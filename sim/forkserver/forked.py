@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ...serialization import faultpoints
+from ...serialization import faultpoints, spans
 from ...serialization.processes import die_with_parent
 from .wire import Fork
 
@@ -78,6 +78,7 @@ def _settle_in(request: Fork, log_fd: int, parent: int, close_server: Callable[[
         os.environ.pop(name, None)
     os.environ.update(request.env)
     faultpoints.arm(os.environ.get("FEDLOOM_FAULT", ""))  # read at import, which was in the warm process
+    spans.arm(os.environ.get(spans.ENV_SPANS, ""), request.name)
     tempfile.tempdir = None  # TMPDIR may be another one now
     if request.cwd:
         os.chdir(request.cwd)

@@ -49,6 +49,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> FakeLauncher:
     module.run_simulation = fake.run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fedloom.sim.launcher", module)
     monkeypatch.setattr("fedloom.sim.preload.start_early", lambda: None)
+    monkeypatch.setenv("FEDLOOM_GPUS", "2")  # whatever this machine has
     return fake
 
 

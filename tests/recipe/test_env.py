@@ -32,10 +32,10 @@ def recipe(**changes: Any) -> NumpyFedAvgRecipe:
 
 
 def test_execute_runs_in_a_folder_of_its_own(here: Path, launcher: FakeLauncher) -> None:
-    run = recipe().execute(SimEnv(num_clients=3, num_threads=2, gpu_config="0,1"))
+    run = recipe().execute(SimEnv(num_clients=3, num_threads=2, gpu_config="0,1", gpu_memory_share="equal"))
     [config] = launcher.configs
     assert config.sites == ["site-1", "site-2", "site-3"]
-    assert (config.threads, config.gpu, config.seed) == (2, "0,1", 5)
+    assert (config.threads, config.gpu, config.gpu_memory_share, config.seed) == (2, "0,1", "equal", 5)
     assert config.workspace == here / "fedloom-workspace" / "my job"
     assert (config.workspace / ".fedloom").is_file()
     assert launcher.jobs[0].name == "my job"
@@ -280,6 +280,11 @@ class TestFailures:
         launcher.status, launcher.reason = "FINISHED:ABORTED", ""
         with pytest.raises(FedloomError, match="was aborted"):
             recipe().execute(SimEnv(2))
+
+
+def test_a_plan_is_of_simulations() -> None:
+    with applied(Overrides(plan=True)), pytest.raises(JobError, match="--plan is for simulations"):
+        NumpyFedAvgRecipe(model=[1.0], min_clients=1, train_script=__file__).execute(ProdEnv("tcp://127.0.0.1:1"))
 
 
 def test_overrides_win(here: Path, launcher: FakeLauncher) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fedloom.recipe.env import SimEnv
 from fedloom.recipe.logs import check_level
 from fedloom.recipe.overrides import Overrides
-from fedloom.recipe.simulate import SimOptions, check_named, compat_hint, simulate
+from fedloom.recipe.simulate import SimOptions, check_named, checked, compat_hint, simulate
 from fedloom.serialization.errors import JobError
 from fedloom.serialization.jobspec import Component, ExecutorSpec, JobSpec
 
@@ -105,6 +105,31 @@ def test_more_groups_than_clients_is_said_before_the_last_run_is_moved(tmp_path:
     with pytest.raises(JobError, match="2 GPU groups but 1 clients"):
         simulate(SimOptions(num_clients=1, gpu_config="0,1", workspace_root=tmp_path / "ws"), folder=folder)
     assert not (tmp_path / "ws").exists()
+
+
+def test_gpus_that_are_not_there_are_said_before_the_last_run_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "job"
+    job = spec(name="x")
+    job.write(folder)
+    (job.custom_dir(folder) / "client.py").write_text("")
+    monkeypatch.setenv("FEDLOOM_GPUS", "0")
+    with pytest.raises(JobError, match="GPU '0' was asked for, and no GPU was found on this machine"):
+        simulate(SimOptions(num_clients=1, gpu_config="0", workspace_root=tmp_path / "ws"), folder=folder)
+    assert not (tmp_path / "ws").exists()
+
+
+def test_what_a_job_asks_of_gpus_is_told_where_its_workers_see_fewer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDLOOM_GPUS", "4")
+    job = spec(name="wide", resource_spec={"site-2": {"num_of_gpus": 2}})
+    checked(SimOptions(num_clients=2), job)  # without -gpu it is a simulation on the CPU, on purpose
+    checked(SimOptions(num_clients=2, gpu_config="[0,1],[2,3]"), job)
+    assert not capsys.readouterr().err
+    checked(SimOptions(num_clients=2, gpu_config="0,1"), job)
+    assert "site-2 asks for 2 GPUs (resource_spec), and a worker sees 1" in capsys.readouterr().err
 
 
 def test_a_workspace_that_is_a_file(tmp_path: Path) -> None:

@@ -83,3 +83,38 @@ def test_more_groups_than_clients_is_an_error() -> None:
 def test_no_workers_is_an_error() -> None:
     with pytest.raises(JobError, match="at least 1"):
         worker_count(8, 0, ())
+
+
+def shares(text: str, workers: int, share: float | str) -> list[tuple[str, str]]:
+    """What each worker gets: its GPUs, and its part of their memory."""
+    envs = [slot.env for slot in slots(parse_gpus(text), workers, share)]
+    return [(env["CUDA_VISIBLE_DEVICES"], env["FEDLOOM_GPU_MEMORY_FRACTION"]) for env in envs]
+
+
+def test_an_equal_share_is_of_those_on_the_same_gpu() -> None:
+    assert shares("0,1", 4, "equal") == [("0", "0.5"), ("1", "0.5"), ("0", "0.5"), ("1", "0.5")]
+    assert shares("0,1", 3, "equal") == [("0", "0.5"), ("1", "1"), ("0", "0.5")]
+    assert shares("0,0,0", 3, "equal") == [("0", "0.333333")] * 3
+    # a GPU in two groups has the workers of both, and a group's fullest GPU says what its workers may take
+    assert shares("[0,1],[1,2]", 2, "equal") == [("0,1", "0.5"), ("1,2", "0.5")]
+    assert shares("[0,1],[2,3]", 4, 0.4) == [("0,1", "0.4"), ("2,3", "0.4"), ("0,1", "0.4"), ("2,3", "0.4")]
+
+
+@pytest.mark.parametrize(
+    ("share", "seen"),
+    [
+        (0.5, "3 workers share GPU 0 with 0.5 of its memory each, 1.5 times what there is: give at most 0.333 each"),
+        (0, "allowed are a number over 0 and up to 1"),
+        (1.5, "allowed are a number over 0 and up to 1"),
+        (float("nan"), "allowed are a number over 0 and up to 1"),
+        (True, "GPU memory share True"),
+        ("half", "GPU memory share 'half'"),
+    ],
+)
+def test_shares_that_are_refused(share: float | str, seen: str) -> None:
+    with pytest.raises(JobError, match=seen):
+        slots(parse_gpus("0"), 3, share)
+
+
+def test_a_third_may_be_written_short() -> None:
+    assert len(slots(parse_gpus("0"), 3, "0.3333")) == len(slots(parse_gpus("0"), 3, "0.3333333")) == 3

@@ -62,9 +62,14 @@ def gone(process: psutil.Process) -> bool:
         ({"sites": ("site-1",)}, "min_clients=2 but 1 sites take part"),
         ({"threads": 0}, "at least 1"),
         ({"gpu": "0;1"}, "GPU"),
+        ({"gpu": "0,7"}, "no GPU '7' on this machine: it has GPU 0 to 3"),
+        ({"gpu_memory_share": 0.5}, "without GPUs"),
     ],
 )
-def test_what_cannot_run_is_refused_at_once(make_job: MakeJob, tmp_path: Path, more: dict[str, Any], seen: str) -> None:
+def test_what_cannot_run_is_refused_at_once(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], seen: str
+) -> None:
+    monkeypatch.setenv("FEDLOOM_GPUS", "4")
     job = make_job(min_clients=2)
     with pytest.raises(JobError, match=seen):
         run_simulation(config(job, tmp_path, **more))
@@ -167,7 +172,8 @@ def test_the_same_seed_gives_the_same_bits_however_the_sites_are_run(make_job: M
 
 
 @pytest.mark.process
-def test_what_a_site_sees(make_job: MakeJob, tmp_path: Path) -> None:
+def test_what_a_site_sees(make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDLOOM_GPUS", "4")  # placement alone, whatever this machine has
     job = make_job(
         """
         import json, os, sys, threading
@@ -179,16 +185,17 @@ def test_what_a_site_sees(make_job: MakeJob, tmp_path: Path) -> None:
         while flare.is_running():
             model = flare.receive()
             print("gpu", os.environ.get("CUDA_VISIBLE_DEVICES"), "omp", os.environ["OMP_NUM_THREADS"], sys.argv[1:])
+            print("share", os.environ["FEDLOOM_GPU_MEMORY_FRACTION"])
             flare.send(flare.FLModel(params=model.params, meta={"NUM_STEPS_CURRENT_ROUND": 1}))
         """,
         rounds=1,
         executor={"task_script_args": "--lr 0.1 'two words'"},
     )
-    result = run_simulation(config(job, tmp_path, gpu="[0,1],[2,3]", threads=4))
+    result = run_simulation(config(job, tmp_path, gpu="[0,1],[2,3]", threads=4, gpu_memory_share="equal"))
     assert result.completed, result.reason
     said = [(result.result_dir / "logs" / f"{site}.log").read_text() for site in SITES]
     assert all("['--lr', '0.1', 'two words']" in text for text in said)
-    assert all("omp 1" in text for text in said)
+    assert all("omp 1" in text and "share 0.5\n" in text for text in said)
     groups = sorted(text.partition("gpu ")[2].partition(" ")[0] for text in said)
     assert groups == ["0,1", "0,1", "2,3", "2,3"]
     assert len({text.split()[2] for text in said}) == 4, "each site is a process of its own"
