@@ -127,9 +127,10 @@ class TaskDesk:
             state.payloads.release(payload, f"part:{message.job}")
         recorded = [r for r in outcome.refused if r.code != "conflict"]
         round_ = state.late(message.job, message.gather, sum(not r.requeued for r in recorded))
-        sites = {item.task: item.site for item in message.items if item.site in session.sites}
         for refusal in outcome.refused:
             state.counters[f"refused.{refusal.code}"] += 1
+        served = state.sessions.by_site
+        sites = {item.task: item.site for item in message.items if served.get(item.site) is session} if recorded else {}
         for refusal in recorded:
             site = sites.get(refusal.task, "")
             data = {"task": refusal.task, "attempt": refusal.attempt, "code": refusal.code, "round": round_}

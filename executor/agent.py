@@ -132,7 +132,8 @@ class Agent:
         )
         self._collector = Collector(desk)
         self._channel = ChannelServer(self._from_channel)
-        self._worker = Worker(desk, self._channel, self._spawner, self._collector.finished, self._stopping.is_set)
+        self._worker = Worker(desk, self._channel, self._spawner, self._collector, self._stopping.is_set)
+        self._collector.workers = self._worker.hosts
         self._preparer = Preparer(desk, self._functions)
         self._told_free = desk.free
         welcome = desk.link.start(config.connect_s)
@@ -313,6 +314,8 @@ class Agent:
             desk.link.send(Decline(tuple(declined), reason, _DECLINE_S))
         if fresh:
             work.open = len(fresh)
+            work.runs = fresh
+            work.known = desk.count_tasks((message.job, message.gather), len(fresh))
             preparer = self._preparer
             assert preparer is not None
             desk.submit(lambda: preparer.prepare(work), lambda _, error: self._prepared(work, error))

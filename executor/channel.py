@@ -26,6 +26,7 @@ from typing import Any
 import structlog
 
 from ..serialization.codec import check_plain, pack, unpack
+from ..serialization.envelope import Buffer
 from ..serialization.errors import CodecError, LinkError, LinkTimeout
 
 log = structlog.get_logger(__name__)
@@ -132,10 +133,17 @@ class Channel:
             LinkError: the agent is gone.
             CodecError: the map is too large or not plain.
         """
-        frame = pack_frame(message)
+        self.send_frames(pack_frame(message))
+
+    def send_frames(self, frames: Buffer) -> None:
+        """Send what `pack_frame` has made, one or several one behind the other.
+
+        Raises:
+            LinkError: the agent is gone.
+        """
         try:
             with self._send_lock:
-                self._sock.sendall(frame)
+                self._sock.sendall(frames)
         except OSError as error:
             raise LinkError(f"the executor is gone: {error}") from None
 

@@ -20,10 +20,12 @@ import traceback
 from types import TracebackType
 from typing import Any
 
+from ..serialization import spans
 from ..serialization.errors import LinkError
 from ..serialization.model import FLModel
 from .channel import ENV_CHANNEL, ENV_JOB, ENV_SITE, Channel
 from .client_context import EVALUATE_NAMES, ClientContext, ClientError
+from .gpushare import limit_gpu_memory
 from .seeding import seed_all
 from .state import SiteState
 
@@ -72,6 +74,7 @@ def init(rank: str | int | None = None, config_file: str | None = None) -> Clien
     del config_file
     if _context is not None:
         return _context
+    limit_gpu_memory()  # every rank its own process
     name = str(os.environ.get("RANK", "0") if rank is None else rank)
     if name != "0":
         _passive_rank = name
@@ -89,6 +92,7 @@ def init(rank: str | int | None = None, config_file: str | None = None) -> Clien
         if channel is not None:
             channel.close()
         raise ClientError(f"flare.init(): {error}") from None
+    spans.arm(os.environ.get(spans.ENV_SPANS, ""), f"{settings.get('site', '')} (command)")
     context = ClientContext(channel, settings, on_lost=_die)
     install(context)
     _report_exceptions(context)

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..serialization import spans
 from ..serialization.errors import CodecError, FedloomError, JobError, LinkError
 from ..serialization.jobmessages import POINTS_KIND
 from ..serialization.memory import give_back
 from ..serialization.model import FLModel
 from .channel import Channel, Map
+from .gpushare import limit_gpu_memory
 from .points import PointSender, make_point
 from .seeding import seed_all
 from .state import SiteState
@@ -61,6 +63,8 @@ class ClientContext:
         self._state: SiteState | None = None
         self._sent = 0
         self._started_s = 0.0
+        self._code = "start"  # what the script's own code is about, since then
+        self._code_at = spans.start()
         self._points = PointSender(self._send_points)
         self._reader = threading.Thread(target=self._read, name="fedloom-client", daemon=True)
         self._reader.start()
@@ -87,7 +91,9 @@ class ClientContext:
             return None
         if self._model is None:
             assert self._task is not None
+            self._own_code()
             self._model = input_model(self._task)
+            self._code_at = spans.start()
         return self._model
 
     def send(self, model: FLModel, clear_cache: bool = True) -> None:
@@ -97,6 +103,7 @@ class ClientContext:
             ClientError: nothing was received. PayloadError, ValuesError: the model cannot be a result, and why.
         """
         spec = self._task
+        self._own_code()
         if spec is None or not self._open:
             raise ClientError("flare.send() without a task: call flare.receive() first, and send once for each receive")
         if (spec.task, spec.attempt) in self._cancelled:
@@ -118,9 +125,12 @@ class ClientContext:
             self._stopped.set()
         if self._gc_rounds and self._sent % self._gc_rounds == 0:
             give_back(cuda=bool(self._settings.get("cuda_empty_cache")))
+        self._code, self._code_at = "after send", spans.start()
 
     def _next(self, timeout: float | None) -> bool:
         """Take the next task. False when there will be none, or not in time."""
+        self._own_code()
+        spans.flush()
         if self._stopped.is_set() and self._inbox.empty():
             return False
         sys.stdout.flush()  # what the script printed is in its log before it waits
@@ -148,7 +158,15 @@ class ClientContext:
             self._state = None
             self._started_s = time.monotonic()
             seed_all(self._task.seed, self._task.threads)
+            limit_gpu_memory()
+            self._code, self._code_at = "train", spans.start()
             return True
+
+    def _own_code(self) -> None:
+        """The script's own code ends here: what comes is fedloom's."""
+        task = self._task.task if self._task is not None else ""
+        spans.end(self._code, self._code_at, site=self.site, task=task)
+        self._code_at = 0.0
 
     def _read(self) -> None:
         try:

@@ -5,15 +5,17 @@ Runs in the agent's thread; folding in the one thread that folds.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
+from ..serialization import spans
 from ..serialization.envelope import Buffer
 from ..serialization.errors import MixedError
 from ..serialization.messages import DoneItem, PayloadId, PayloadRef, Progress
@@ -21,8 +23,9 @@ from .channel import Map
 from .deliver import Delivery
 from .desk import Desk
 from .outbox import Held, Key
-from .prefold import Batch, Batches, Result, fold_into
+from .prefold import Batch, Batches, Gather, Result, fold_into
 from .runs import Run
+from .shares import Share, Shares
 from .state import version_name
 
 log = structlog.get_logger(__name__)
@@ -33,6 +36,12 @@ _NEWS_S = 0.2
 _NEWS_AT_ONCE = 20
 
 
+class Workers(Protocol):
+    """What asks worker processes for what they have folded."""
+
+    def flush(self, id: str, gather: str, path: str, digest: bool) -> bool: ...
+
+
 class Collector:
     """Results from the host's word until the broker's."""
 
@@ -40,26 +49,52 @@ class Collector:
         self._desk = desk
         self.delivery = Delivery(desk.link, desk.outbox, desk.submit, self._settled)
         self._batches = Batches(desk.config.partial_max_tasks, desk.config.partial_max_s)
+        self._shares = Shares(desk.config.partial_max_tasks, desk.config.partial_max_s)
+        self.workers: Workers | None = None
         self._news: deque[Key] = deque()  # finished, in a batch, and the broker does not know
         self._news_at = 0.0
         # until settled: site, job, version written, the version it started from
+        self._asked: dict[tuple[str, str], tuple[Path, str]] = {}  # by worker and gather: where its partial is to be
         self._states: dict[Key, tuple[str, str, str, str]] = {
             held.key: (held.item.site, held.job, held.item.state, held.base) for held in desk.outbox
         }
+        self._since: dict[Key, tuple[float, str]] = {}  # until settled, where a profile is taken: when it came, site
 
     def next_due_s(self, now: float) -> float:
         """How long until a batch is old enough to leave, or something is to be told."""
-        due = self._batches.next_due_s(now)
+        due = min(self._batches.next_due_s(now), self._shares.next_due_s(now))
         return max(0.0, min(due, self._news_at - now) if self._news else due)
 
     def drop_job(self, job: str) -> None:
         """The job is over."""
-        for result in self._batches.drop_job(job):
+        for result in (*self._batches.drop_job(job), *self._shares.drop_job(job)):
             self._forget(result)
         self.delivery.drop_job(job)
 
     def finished(self, run: Run, message: Map) -> None:
         """A task's result, as its host told it."""
+        result = self._result(run, message)
+        self._desk.leave_slot(run)
+        if run.work.plan is not None and not run.work.in_workers:
+            run.stage = "folding"
+            self._batch(run, result)
+        else:
+            run.stage = "storing"
+            self._send_single(result, run.incoming)
+
+    def folded(self, run: Run, message: Map, worker: str) -> None:
+        """A task's result, which its worker has folded and keeps until it is asked for it."""
+        now = time.monotonic()
+        if run.key not in self._desk.runs:
+            self._shares.spoil(worker, run.gather, now)
+            return
+        result = self._result(run, message)  # also of an attempt that is wanted no more: it is in the sums
+        self._desk.leave_slot(run)
+        run.stage = "folding"
+        self._shares.add(worker, run.gather, result, now)
+        self._hold_news(run.key, now)
+
+    def _result(self, run: Run, message: Map) -> Result:
         spec = run.spec
         assert spec is not None
         told: Any = message.get("data")
@@ -67,7 +102,9 @@ class Collector:
         size, digest = int(message["size"]), str(message.get("digest", ""))
         version = version_name(*run.key) if message.get("wrote_state") else ""
         payload = (
-            None if data is not None else PayloadRef(PayloadId(f"r-{run.item.task}.{run.item.attempt}"), size, digest)
+            None
+            if data is not None or message.get("folded")
+            else PayloadRef(PayloadId(f"r-{run.item.task}.{run.item.attempt}"), size, digest)
         )
         item = DoneItem(
             task=run.item.task,
@@ -81,7 +118,9 @@ class Collector:
             run_s=float(message.get("run_s", 0.0)),
         )
         self._states[run.key] = (run.item.site, run.job, version, run.item.state)
-        result = Result(
+        if came := spans.start():
+            self._since[run.key] = (came, run.item.site)
+        return Result(
             run.job,
             run.work.assign.gather,
             item,
@@ -90,13 +129,6 @@ class Collector:
             digest,
             run.item.state,
         )
-        self._desk.leave_slot(run)
-        if run.work.plan is not None:
-            run.stage = "folding"
-            self._batch(run, result)
-        else:
-            run.stage = "storing"
-            self._send_single(result, run.incoming)
 
     def _send_single(self, result: Result, incoming: str = "") -> None:
         data, path = (result.source, "") if isinstance(result.source, bytes) else (None, str(result.source))
@@ -122,14 +154,17 @@ class Collector:
         assert run.work.plan is not None
         now = time.monotonic()
         batch = self._batches.batch_for(run.gather, run.work.plan, now)
-        if not self._news:
-            self._news_at = now + _NEWS_S
-        self._news.append(run.key)
+        self._hold_news(run.key, now)
         if (waiting := batch.take_in(result)) is not None:
             self._desk.fold(
                 lambda: fold_into(batch, waiting),
                 lambda outcomes, error: self._folded(batch, waiting, outcomes, error),
             )
+
+    def _hold_news(self, key: Key, now: float) -> None:
+        if not self._news:
+            self._news_at = now + _NEWS_S
+        self._news.append(key)
 
     def _folded(
         self,
@@ -181,9 +216,12 @@ class Collector:
         self._news_at = now + _NEWS_S
 
     def _close_batches(self, now: float) -> None:
-        if not len(self._batches):
+        if not len(self._batches) and not len(self._shares):
             return
-        working = {gather for gather in self._batches.gathers() if self._goes_on(gather)}
+        open_ = {*self._batches.gathers(), *self._shares.gathers()}
+        working = {gather for gather in open_ if self._goes_on(gather)}
+        for share in self._shares.due(now, working):
+            self._ask(share)
         for batch in self._batches.due(now, working):
             if batch.alone is not None:
                 self._send_single(batch.alone)
@@ -193,6 +231,43 @@ class Collector:
                     lambda finish=finish, digest=digest: finish(digest),
                     lambda made, error, batch=batch: self._partial(batch, made, error),
                 )
+
+    def _ask(self, share: Share) -> None:
+        """Have a worker hand over what it has folded."""
+        assert self.workers is not None
+        name = f"x-{secrets.token_hex(16)}"
+        local = self._desk.link.local
+        path = self._desk.outbox.partial_path(name) if local is None else local.incoming_path(name)
+        self._asked[share.host, share.gather[1]] = (path, name if local is not None else "")
+        if not self.workers.flush(share.host, share.gather[1], str(path), self._desk.digest):
+            log.debug("worker_not_reached", host=share.host)  # its end is on its way
+
+    def handed_over(self, worker: str, job: str, message: Map) -> None:
+        """A worker's partial, as it told it."""
+        gather = (job, str(message["gather"]))
+        keys = [(str(task), int(attempt)) for task, attempt in message["keys"]]
+        path, incoming = self._asked.pop((worker, gather[1]), (None, ""))
+        if not keys:  # nothing of what it told of is there
+            self._give_back(self._shares.lost(worker), "its worker has lost it")
+            return
+        results, whole = self._shares.take(worker, gather, keys, time.monotonic())
+        wrong = str(message.get("error", "")) or ("" if whole else "it holds a result that is wanted no more")
+        if wrong:
+            if path is not None:
+                path.unlink(missing_ok=True)
+            self._give_back(results, wrong)
+            return
+        data: Any = message.get("data")
+        ref = PayloadRef(PayloadId(str(message["id"])), int(message["size"]), str(message["digest"]))
+        source: list[Buffer] | Path | None = [data] if isinstance(data, bytes) else path
+        assert source is not None
+        self._leave_together(gather, results, ref, source, incoming)
+
+    def worker_lost(self, worker: str, why: str) -> None:
+        """A worker is gone, and with it what it had folded."""
+        for place in [place for place in self._asked if place[0] == worker]:
+            self._asked.pop(place)[0].unlink(missing_ok=True)
+        self._give_back(self._shares.lost(worker), why)
 
     def _goes_on(self, gather: tuple[str, str]) -> bool:
         """Whether more results of this gather come soon; the youngest tasks, which are asked first, know best."""
@@ -206,9 +281,19 @@ class Collector:
             self._give_back(batch.results, f"the partial could not be made: {error}")
             return
         ref, buffers = made
-        bare = [replace(item, payload=None, inline_bytes=0) for item in items]
-        self.delivery.add_partial(batch.gather[0], batch.gather[1], bare, ref, buffers)
-        log.debug("partial_made", job=batch.gather[0], tasks=len(items), bytes=ref.size)
+        self._leave_together(batch.gather, batch.results, ref, buffers)
+
+    def _leave_together(
+        self,
+        gather: Gather,
+        results: Sequence[Result],
+        ref: PayloadRef,
+        source: list[Buffer] | Path,
+        incoming: str = "",
+    ) -> None:
+        items = [replace(result.item, payload=None, inline_bytes=0) for result in results]
+        self.delivery.add_partial(gather[0], gather[1], items, ref, source, incoming)
+        log.debug("partial_made", job=gather[0], tasks=len(items), bytes=ref.size)
         for item in items:
             self._desk.close_run((item.task, item.attempt))
 
@@ -216,6 +301,9 @@ class Collector:
         """The broker has the result, or does not want it. Its site's versions stay, see `drop_old_states`."""
         self._desk.let_go(key)
         self._states.pop(key, None)
+        if self._since:
+            came, site = self._since.pop(key, (0.0, ""))
+            spans.end("store", came, site=site, task=key[0])
 
     def drop_old_states(self, job: str, sites: Iterable[str]) -> None:
         """An Assign has named the current version of these sites, and its attempts are here: remove what no attempt
@@ -253,6 +341,7 @@ class Collector:
     def _discard(self, result: Result) -> None:
         self._unlink(result)
         self._states.pop((result.item.task, result.item.attempt), None)
+        self._since.pop((result.item.task, result.item.attempt), None)
         if result.item.state:
             self._desk.states.discard(result.item.site, result.job, result.item.state)
 

@@ -8,6 +8,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import FrameType
 from typing import Any, cast
 
@@ -82,12 +83,23 @@ def call_function(function: TaskFunction, model: FLModel, context: TaskContext) 
 
 def _takes_two(function: TaskFunction) -> bool:
     try:
+        hash(function)
+    except TypeError:
+        return _has_room_for_two(function)
+    return _remembered(function)
+
+
+def _has_room_for_two(function: TaskFunction) -> bool:
+    try:
         inspect.signature(function).bind(None, None)
     except TypeError:
         return False
     except ValueError:  # some builtins have no signature: the call itself will tell
         return True
     return True
+
+
+_remembered = lru_cache(maxsize=64)(_has_room_for_two)  # looking at a signature takes longer than many a task
 
 
 def user_traceback(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from ..serialization import spans
 from ..serialization.codec import encode_fields, pack
 from ..serialization.envelope import Buffer
 from ..serialization.errors import FaultError, FedloomError, LinkError
@@ -89,7 +90,8 @@ class _Partial:
     gather: str
     items: tuple[DoneItem, ...]
     ref: PayloadRef
-    buffers: list[Buffer]
+    source: list[Buffer] | Path
+    incoming: str  # the file's name in the broker's incoming folder, where it lies there
     uploaded: bool
     busy: bool = False
     tries: int = 0
@@ -135,11 +137,17 @@ class Delivery:
         self._singles[held.key] = _Single(held, held.item.payload is None)
 
     def add_partial(
-        self, job: str, gather: str, items: Sequence[DoneItem], ref: PayloadRef, buffers: list[Buffer]
+        self,
+        job: str,
+        gather: str,
+        items: Sequence[DoneItem],
+        ref: PayloadRef,
+        source: list[Buffer] | Path,
+        incoming: str = "",
     ) -> None:
-        """Several attempts' results as one partial, in memory: its tasks are done again if this process dies."""
+        """Several attempts' results as one partial, in memory or a file: they are done again if this process dies."""
         small = ref.size <= INLINE_TOTAL_BYTES
-        partial = self._partials[ref.id] = _Partial(job, gather, fit_items(items), ref, buffers, small)
+        partial = self._partials[ref.id] = _Partial(job, gather, fit_items(items), ref, source, incoming, small)
         self._partial_of |= dict.fromkeys(partial.keys, partial)
 
     def drop(self, key: Key) -> None:
@@ -183,6 +191,8 @@ class Delivery:
         if partial is not None:
             # all or nothing: one answer speaks for all of its tasks
             self._partials.pop(partial.ref.id, None)
+            if isinstance(partial.source, Path):
+                partial.source.unlink(missing_ok=True)
             for other in partial.keys:
                 del self._partial_of[other]
                 self._settled(other)
@@ -216,7 +226,8 @@ class Delivery:
                     partial=partial.ref,
                     partial_inline_bytes=partial.ref.size if inline else 0,
                 )
-                self._link.send(done, b"".join(partial.buffers) if inline else b"")
+                whole = b"" if not inline or isinstance(partial.source, Path) else b"".join(partial.source)
+                self._link.send(done, whole)
 
     def _upload(self, entry: _Single | _Partial, now: float) -> None:
         if entry.busy or now < entry.next_at:
@@ -225,7 +236,9 @@ class Delivery:
 
         def put() -> PayloadRef:
             if isinstance(entry, _Partial):
-                return self._link.put(entry.ref, entry.buffers, job=entry.job, timeout_s=_UPLOAD_S)
+                if entry.incoming:
+                    return self._link.put_local(entry.ref, entry.incoming, job=entry.job)
+                return self._link.put(entry.ref, entry.source, job=entry.job, timeout_s=_UPLOAD_S)
             held, payload = entry.held, entry.held.item.payload
             assert payload is not None
             owner: dict[str, Any] = {"job": held.job, "task": held.item.task, "attempt": held.item.attempt}
@@ -233,7 +246,13 @@ class Delivery:
                 return self._link.put_local(payload, held.incoming, **owner)
             return self._link.put(payload, Path(held.path), timeout_s=_UPLOAD_S, **owner)
 
-        self._submit(put, lambda ref, error: self._uploaded(entry, ref, error))
+        def timed() -> PayloadRef:
+            began = spans.start()
+            ref = put()
+            spans.end("upload", began, task=entry.held.item.task if isinstance(entry, _Single) else "")
+            return ref
+
+        self._submit(timed, lambda ref, error: self._uploaded(entry, ref, error))
 
     def _uploaded(self, entry: _Single | _Partial, ref: PayloadRef | None, error: Exception | None) -> None:
         entry.busy = False

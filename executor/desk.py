@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import structlog
 
+from ..serialization import spans
 from ..serialization.codec import encode_fields, pack
 from ..serialization.jobmessages import POINTS_KIND
 from ..serialization.messages import Event, Fail, JobId, Site, TaskRef
@@ -32,6 +33,7 @@ from .state import StateStore, version_name
 log = structlog.get_logger(__name__)
 
 _MAX_EVENT_BYTES = 32 * 1024
+_MAX_GATHERS = 256
 
 
 class Desk:
@@ -49,6 +51,7 @@ class Desk:
         self.slot_of: dict[Key, Slot] = {}
         self.runs: dict[Key, Run] = {}
         self._attempts: dict[str, list[Run]] = {}  # by task
+        self._gathers: dict[tuple[str, str], int] = {}
         self.ended_jobs: dict[str, None] = {}
         self.points = PointFlows(lambda job, site, data: self._tell(job, site, POINTS_KIND, data))
         self.digest = True  # whether results carry one
@@ -118,6 +121,14 @@ class Desk:
         with self._held_lock:
             self._held.add(run.key)
 
+    def count_tasks(self, gather: tuple[str, str], more: int) -> int:
+        """How many tasks of a gather have come here, with these."""
+        known = self._gathers.pop(gather, 0) + more
+        self._gathers[gather] = known
+        if len(self._gathers) > _MAX_GATHERS:
+            del self._gathers[next(iter(self._gathers))]
+        return known
+
     def attempts(self, task: str) -> list[Run]:
         """The attempts at a task that are here."""
         return list(self._attempts.get(task, ()))
@@ -125,7 +136,10 @@ class Desk:
     def leave_slot(self, run: Run) -> None:
         """It works no more: others may."""
         self.slots.release(run.key)
-        self.slot_of.pop(run.key, None)
+        slot = self.slot_of.pop(run.key, None)
+        if slot is not None and run.slot_at:
+            round, lane = run.work.assign.round, f"slot-{slot.index + 1}"
+            spans.end("slot", run.slot_at, round=round, site=run.item.site, task=run.item.task, lane=lane)
         if run.occupies:
             run.occupies = False
             self._occupied -= 1

@@ -6,16 +6,18 @@ Everything here runs in the agent's thread. What happens to a host is told throu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import structlog
 
 from .channel import ChannelServer, Map
 from .hosts import HostProcess, HostRequest, Spawner, describe_exit, log_size
-from .runs import Run
+from .runs import Run, mark_of
+from .taskio import TaskSpec
 
 log = structlog.get_logger(__name__)
 
@@ -26,6 +28,7 @@ _LAST_WORDS_S = 2.0
 _LOOK_S = 0.02
 _GLANCE_S = 0.5
 _DEATH_S = 5.0
+_FIELDS: Final = tuple(field.name for field in fields(TaskSpec))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class Host:
     started_at: float
     state: State = "starting"
     run: Run | None = None
+    behind: deque[Run] = field(default_factory=deque[Run])  # what it does after that
     connections: dict[str, int] = field(default_factory=dict[str, int])  # by role
     sent: int = 0
     last_round: int = 0  # of the task that was answered last
@@ -75,6 +79,7 @@ class Host:
     stopping: bool = False
     leftovers: list[Path] = field(default_factory=list[Path])  # to be removed once it is dead
     failure: tuple[str, str] | None = None  # (code, text): why it could not even start working
+    plans: set[str] = field(default_factory=set[str])  # gathers of which it has the fold plan
 
     @property
     def task_connection(self) -> int | None:
@@ -93,8 +98,8 @@ class HostEvents(Protocol):
         """A result, failure, progress or event of its task."""
         ...
 
-    def on_ended(self, host: Host, run: Run | None) -> None:
-        """It is gone, and ``run`` with it if that was not answered."""
+    def on_ended(self, host: Host, run: Run | None, behind: Sequence[Run]) -> None:
+        """It is gone, and ``run`` with it if that was not answered; with those behind it nothing had begun."""
         ...
 
 
@@ -129,14 +134,15 @@ class HostPool:
         waiting = [h for h in self._by_id.values() if h.state == "waiting" and h.run is None and h.plan.lane]
         return sorted(waiting, key=lambda host: host.waiting_since)
 
-    def give(self, run: Run, plan: HostPlan) -> Host:
-        """Hand a task to the host of this plan, which is started if it is not there.
+    def give(self, run: Run, plan: HostPlan, behind: Sequence[Run] = ()) -> Host:
+        """Hand a task, and others to be done behind it, to the host of this plan, which is started if it is not there.
 
         Raises:
             OSError: it cannot be started.
         """
         host = self._by_key.get(plan.key) or self._start(plan)
         host.run = run
+        host.behind.extend(behind)
         if host.state == "waiting":
             self._dispatch(host)
         return host
@@ -161,15 +167,37 @@ class HostPool:
             return
         assert run.spec is not None
         host.state = "busy"
-        run.started_at = time.monotonic()
-        run.log_start = log_size(run.log_path)
-        if not self._channel.send(connection, {"op": "task", "task": run.spec.to_map()}):
+        self._begins(run)
+        if host.plan.lane:
+            message: Map = {"op": "task", "task": run.spec.to_map()}
+        else:
+            self._tell_plan(host, connection, run)
+            message = together([other.spec for other in (run, *host.behind) if other.spec is not None])
+        if not self._channel.send(connection, message):
             log.warning("host_unreachable", host=host.id)  # its end is on its way
 
-    def cancel(self, host: Host) -> None:
-        """Tell a host that its task is wanted no more."""
-        if host.run is not None and (connection := host.task_connection) is not None:
-            self._channel.send(connection, {"op": "cancel", "task": host.run.key[0], "attempt": host.run.key[1]})
+    @staticmethod
+    def _begins(run: Run) -> None:
+        run.started_at = time.monotonic()
+        run.log_start = log_size(run.log_path)
+
+    def _tell_plan(self, host: Host, connection: int, run: Run) -> None:
+        gather = run.spec.fold if run.spec is not None else ""
+        if gather and gather not in host.plans:
+            host.plans.add(gather)
+            self._channel.send(connection, {"op": "plan", "gather": gather, "plan": run.work.plan})
+
+    def flush(self, id: str, gather: str, path: str, digest: bool) -> bool:
+        """Ask a worker for what it has folded of a gather; False where there is no such worker any more."""
+        host = self._by_id.get(id)
+        connection = host.task_connection if host is not None else None
+        message = {"op": "flush", "gather": gather, "path": path, "digest": digest}
+        return connection is not None and self._channel.send(connection, message)
+
+    def cancel(self, host: Host, run: Run) -> None:
+        """Tell a host that one of its tasks is wanted no more."""
+        if (connection := host.task_connection) is not None:
+            self._channel.send(connection, {"op": "cancel", "task": run.key[0], "attempt": run.key[1]})
 
     def stop(self, host: Host, grace_s: float) -> None:
         """Tell a host to end by itself, and kill it if it has not in time."""
@@ -236,7 +264,9 @@ class HostPool:
     def _hello(self, host: Host, connection: int, role: str) -> None:
         host.connections[role] = connection
         host.heard = host.heard or role == "client"
-        start: Mapping[str, Any] = host.plan.start if role == "host" else (host.plan.client or {})
+        start: Map = dict(host.plan.start if role == "host" else (host.plan.client or {}))
+        if not host.plan.lane:
+            start["mark"] = self._mark(host)
         self._channel.send(connection, {"op": "start", **start})
         if host.stopping:
             self._channel.send(connection, {"op": "stop"})
@@ -255,8 +285,11 @@ class HostPool:
         """Its task is over, with a result or without."""
         if host.run is not None:
             host.last_round = host.run.work.assign.round
-        host.run = None
         host.sent += 1
+        host.run = host.behind.popleft() if host.behind else None
+        if host.run is not None:
+            self._begins(host.run)
+            return
         host.state = "settling"
         if host.plan.once:
             self._retire(host)
@@ -294,8 +327,27 @@ class HostPool:
         del self._by_id[host.id]
         if self._by_key.get(host.plan.key) is host:
             del self._by_key[host.plan.key]
-        run, host.run = host.run, None
-        self._events.on_ended(host, run)
+        waiting = [host.run, *host.behind] if host.run is not None else []
+        host.run = None
+        host.behind.clear()
+        run = self._at_work(host, waiting)
+        self._events.on_ended(host, run, [other for other in waiting if other is not run])
+
+    def _mark(self, host: Host) -> str:
+        return f"{self._channel.path}.{host.id}"
+
+    def _at_work(self, host: Host, waiting: Sequence[Run]) -> Run | None:
+        """Which of its unanswered tasks a worker that has ended was at: the answers for those before may be lost."""
+        first = waiting[0] if waiting else None
+        if host.plan.lane:
+            return first
+        mark = Path(self._mark(host))
+        found = mark.read_bytes() if mark.is_file() else b""
+        mark.unlink(missing_ok=True)
+        run = next((run for run in waiting if mark_of(run.key) == found), None)
+        if run is not None:
+            run.started_at = run.started_at or time.monotonic()
+        return run or first
 
     def how_it_ended(self, host: Host) -> tuple[str, bool]:
         """A host's end in words, and whether the task was killed rather than wrong."""
@@ -331,6 +383,15 @@ class HostPool:
                 self._ended(host)  # it failed behind its last task: still to be told
         self._by_id.clear()
         self._by_key.clear()
+
+
+def together(specs: Sequence[TaskSpec]) -> Map:
+    """Tasks for one worker as one message: the first, and what is different of each."""
+    first = specs[0]
+    own = [
+        {name: value for name in _FIELDS if (value := getattr(spec, name)) != getattr(first, name)} for spec in specs
+    ]
+    return {"op": "tasks", "first": first.to_map(), "own": own}
 
 
 def _of_no_task(message: Map) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -46,7 +47,9 @@ class JobFolders:
     def __init__(self, workspace: Path) -> None:
         self._workspace = workspace
         self._known: dict[str, JobFolder] = {}
+        self._logging: dict[str, str] = {}  # the folder for the logs of each job, where it was made
         self._locks: dict[str, threading.Lock] = {}
+        self._sites: dict[str, str] = {}  # where the sites' folders of each job are
         self._lock = threading.Lock()
 
     def folder(self, job: str) -> Path:
@@ -61,15 +64,25 @@ class JobFolders:
 
     def site_folder(self, job: str, site: str) -> Path:
         """The site's own place for this job: the working directory of its code."""
-        path = self.folder(job) / "sites" / site
+        path = Path(self.site_place(job, site))
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def log_path(self, job: str, name: str) -> Path:
+    def site_place(self, job: str, site: str) -> str:
+        """Where `site_folder` is, or will be."""
+        root = self._sites.get(job)
+        if root is None:
+            root = self._sites[job] = str(self.folder(job) / "sites")
+        return f"{root}/{site}"
+
+    def log_path(self, job: str, name: str) -> str:
         """A site's log for this job."""
-        path = self._workspace / "logs" / job / f"{name}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        folder = self._logging.get(job)
+        if folder is None:
+            place = self._workspace / "logs" / job
+            place.mkdir(parents=True, exist_ok=True)
+            folder = self._logging[job] = str(place)
+        return f"{folder}/{name}.log"
 
     def ensure(self, job: str, archive: PayloadRef, fetch: Callable[[PayloadRef], Path | bytes]) -> JobFolder:
         """The job's folder, fetched and unpacked if it is not here.
@@ -101,15 +114,27 @@ class JobFolders:
             return found
 
     def forget(self, job: str) -> None:
-        """The job is over: its code goes; logs and what its code wrote in the sites' folders stay; empty folders go."""
+        """The job is over: its code goes; logs and what its code wrote in the sites' folders stay."""
         with self._lock:
             self._known.pop(job, None)
             self._locks.pop(job, None)
+            self._sites.pop(job, None)
+        self._logging.pop(job, None)
         folder = self.folder(job)
         (folder / _ARCHIVE).unlink(missing_ok=True)
         shutil.rmtree(folder / "code", ignore_errors=True)
         shutil.rmtree(folder / "code.part", ignore_errors=True)
-        for place in (*_folders(folder / "sites"), folder / "sites", folder):
+
+    def sweep(self, job: str, stopping: Callable[[], bool]) -> None:
+        """Remove what is empty of a job's folder. Of thousands of sites that takes a while: in any thread."""
+        folder = self.folder(job)
+        with contextlib.suppress(OSError), os.scandir(folder / "sites") as entries:
+            for entry in entries:
+                if stopping():
+                    return
+                with contextlib.suppress(OSError):
+                    os.rmdir(entry.path)  # noqa: PTH106 - a Path for each of thousands costs more than the call
+        for place in (folder / "sites", folder):
             with contextlib.suppress(OSError):
                 place.rmdir()
 

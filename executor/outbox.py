@@ -81,6 +81,10 @@ class Outbox:
         """Where a result's payload is written before `add`."""
         return self._folder / f"{task}.{attempt}.payload"
 
+    def partial_path(self, name: str) -> Path:
+        """Where a partial is written; it goes when the executor starts anew, since its tasks are then done again."""
+        return self._folder / f"{name}.partial"
+
     def add(self, held: Held) -> None:
         """Keep a result; its payload file is complete.
 

@@ -52,6 +52,7 @@ def task_spec(
         payload_bytes=work.payload if isinstance(work.payload, bytes) else None,
         exchange_format=settings.params_exchange_format if settings is not None else "numpy",
         transfer_type=settings.params_transfer_type if settings is not None else "FULL",
+        codec=settings.codec if settings is not None else "",
         config=assign.config,
         seed=task_seed(assign.seed, assign.round, assign.step, item.site),
         threads=job.spec.threads_per_task if job is not None else 1,
@@ -60,9 +61,10 @@ def task_spec(
         state_path=str(state_path) if state_path is not None else "",
         state_out=str(state_out),
         log_path=str(jobs.log_path(assign.job, item.site)) if serves_any else "",
-        cwd=str(jobs.site_folder(assign.job, item.site)) if serves_any else "",
+        cwd=str(jobs.site_place(assign.job, item.site)) if serves_any else "",  # made by who works there
         settings=_settings(run, jobs) if job is not None else {},
         filters=_filters(run, jobs) if job is not None else {},
+        fold=assign.gather if work.in_workers and serves_any else "",
     )
 
 
@@ -91,6 +93,8 @@ def _filters(run: Run, jobs: JobFolders) -> dict[str, Any]:
                 f"filter {own[0]!r} is the job's own code, which does not run within this program, beside its functions"
                 f" for {name!r}: give the site a script of the job, or filters of fedloom's ({', '.join(BUILT_IN)})"
             )
+    if not any(found.values()):
+        return {}
     variables = run_variables(run.job, item.site, jobs)
     return {
         point: [substitute(one.to_json(), variables, f"filter {one.path}") for one in chain]

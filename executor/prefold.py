@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..serialization import spans
 from ..serialization.digest import digest_buffers
 from ..serialization.envelope import Buffer
 from ..serialization.errors import FedloomError
@@ -53,12 +54,16 @@ class PartialFold:
         Raises:
             FoldError, PayloadError: what is wrong with it.
         """
+        began = spans.start()
         self._fold.add(result.source, site=result.item.site, meta=result.item.meta)
+        spans.end("fold", began, site=result.item.site, task=result.item.task)
 
     def finish(self, digest: bool = True) -> tuple[PayloadRef, list[Buffer]]:
         """The partial as a payload; without its digest where the broker goes by the size."""
+        began = spans.start()
         buffers, size = self._fold.to_partial()
         ref = PayloadRef(PayloadId(f"p-{secrets.token_hex(16)}"), size, digest_buffers(buffers) if digest else "")
+        spans.end("partial", began)
         return ref, list(buffers)
 
 

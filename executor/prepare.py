@@ -8,16 +8,18 @@ from pathlib import Path
 
 import structlog
 
+from ..serialization import spans
 from ..serialization.codec import unpack
 from ..serialization.errors import FaultError, FedloomError, JobError, LinkError
 from ..serialization.jobvars import substitute
-from ..serialization.messages import Answer, Ask, Assign, Decline, JobId, PayloadRef
+from ..serialization.messages import INLINE_BYTES, Answer, Ask, Assign, Decline, JobId, PayloadRef
+from .config import available_bytes
 from .context import TaskFunction
 from .desk import Desk
 from .jobs import JobFolder
 from .plans import run_variables
 from .runs import Work
-from .script import Settings, settings_of
+from .script import FunctionExecutor, Settings, settings_of
 
 log = structlog.get_logger(__name__)
 
@@ -25,6 +27,16 @@ _FETCH_S = 24 * 3600.0
 _DECLINE_S = 2.0
 _ASK_S = 60.0
 _MAX_ANSWER_BYTES = 1024 * 1024
+#: From how many results on a partial pays: see `Preparer._pays`.
+_PAYS_AFAR = 4
+_PAYS_HERE = 16
+_PAYS_A_WORKER = 4
+#: Of the memory that is free when the executor starts, what its workers' sums may take; a sum has 8 bytes for each
+#: value of the model, which has 4 or 2.
+_MEMORY_SHARE = 4
+_SUM_BYTES = 4
+#: A plan goes to each worker in a message of its channel.
+_MAX_PLAN_BYTES = 512 * 1024
 
 
 class Preparer:
@@ -33,16 +45,19 @@ class Preparer:
     def __init__(self, desk: Desk, functions: Mapping[str, TaskFunction]) -> None:
         self._desk = desk
         self._functions = functions
+        self._memory = available_bytes() // _MEMORY_SHARE
 
     def prepare(self, work: Work) -> None:
         """In a pool thread. What is here already is not fetched again."""
         desk, message = self._desk, work.assign
+        began = spans.start()
         work.function = self._functions.get(message.name) or self._functions.get("*")
         if message.archive is not None:
             work.job = desk.jobs.ensure(message.job, message.archive, lambda ref: desk.link.fetch(ref, _FETCH_S))
+            known: dict[int, Settings] = {}  # of components that say the same at each site
             for site in {item.site for item in message.items}:
                 try:
-                    work.settings[site] = self._settings(work.job, message, site)
+                    work.settings[site] = self._settings(work.job, message, site, known)
                 except JobError as error:
                     if work.function is None:
                         work.refused[site] = error  # this site's alone: the others work on
@@ -54,21 +69,49 @@ class Preparer:
             inline = len(work.tail) == message.payload.size
             work.payload = work.tail if inline else desk.cache.fetch(message.payload, self._fetch)
             work.pinned = desk.cache.holds(work.payload)
-        if message.partials and message.fold is not None:
+        if message.partials and message.fold is not None and self._pays(work):
             got = desk.cache.fetch(message.fold, self._fetch)
             work.plan = got.read_bytes() if isinstance(got, Path) else got
             desk.cache.unpin(message.fold.id)
+            work.in_workers = len(work.plan) <= _MAX_PLAN_BYTES and self._in_workers(work)
+        spans.end("fetch", began, round=message.round)
 
-    def _settings(self, job: JobFolder, message: Assign, site: str) -> Settings:
+    def _pays(self, work: Work) -> bool:
+        """Whether folding here is less work than sending each result.
+
+        A partial is twice a result's size, and is written and added once more. Over a network that pays early. Where
+        the broker takes the results' files as they lie, only what it saves of the spool counts.
+        """
+        payload = work.assign.payload
+        if self._desk.config.partial_max_tasks < 2:
+            return False
+        if payload is None or payload.size <= INLINE_BYTES:
+            return True
+        return work.known >= (_PAYS_AFAR if self._desk.link.local is None else _PAYS_HERE) or self._in_workers(work)
+
+    def _in_workers(self, work: Work) -> bool:
+        """Whether workers fold their own results: each has several, and memory holds a sum for each of them."""
+        payload, workers = work.assign.payload, self._desk.config.capacity
+        functions = all(isinstance(settings, FunctionExecutor) for settings in work.settings.values())
+        if work.function is not None or payload is None or not work.assign.partials or not functions:
+            return False
+        return work.known >= _PAYS_A_WORKER * workers and _SUM_BYTES * payload.size * workers <= self._memory
+
+    def _settings(self, job: JobFolder, message: Assign, site: str, known: dict[int, Settings]) -> Settings:
         """What works on these tasks at a site.
 
         Raises:
             JobError: nothing does, or it is not what the job says.
         """
         component = job.spec.executor_for(message.name, site)
+        if (settings := known.get(id(component))) is not None:
+            return settings
         variables = run_variables(message.job, site, self._desk.jobs)
         args = substitute(component.args, variables, f"executor {component.path}")
-        return settings_of(replace(component, args=args))
+        settings = settings_of(replace(component, args=args))
+        if args == component.args:
+            known[id(component)] = settings
+        return settings
 
     def _fetch(self, ref: PayloadRef, dest: Path) -> Path | bytes:
         return self._desk.link.fetch(ref, _FETCH_S, dest)
@@ -77,7 +120,8 @@ class Preparer:
         """Its tasks may start, or have ended."""
         desk = self._desk
         work.prepared = True
-        runs = [run for run in desk.runs.values() if run.work is work and run.stage == "preparing"]
+        runs = [run for run in work.runs if desk.runs.get(run.key) is run and run.stage == "preparing"]
+        work.runs.clear()
         desk.close_work(work)  # all of them may have been cancelled meanwhile
         if error is None:
             for run in runs:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..serialization import spans
 from ..serialization.errors import JobError
 from ..serialization.messages import Assign, AssignItem, TaskRef
 from .context import TaskContext, TaskFunction
@@ -14,6 +15,7 @@ from .script import Settings
 from .taskio import TaskSpec
 
 Key = tuple[str, int]
+_MARK_BYTES = 160
 Stage = Literal["preparing", "waiting", "running", "folding", "storing"]
 
 
@@ -29,9 +31,12 @@ class Work:
     function: TaskFunction | None = None  # embedded: runs in a thread of this process
     payload: Path | bytes | None = None
     plan: bytes | None = None  # the fold's, where results may be folded here
+    in_workers: bool = False  # folded in the worker processes that run the tasks
     prepared: bool = False  # the pool thread is done with it
     pinned: bool = False  # the payload is in the cache, and kept there
     open: int = 0  # tasks not finished: the payload stays pinned as long
+    known: int = 0  # tasks of its gather that were given out to this executor up to now
+    runs: list[Run] = field(default_factory=list["Run"])  # those that wait for it to be prepared
 
     @property
     def prefolds(self) -> bool:
@@ -56,6 +61,8 @@ class Run:
     started_at: float = 0.0
     log_path: str = ""
     log_start: int = 0
+    came_at: float = field(default_factory=spans.start)  # these two: where a profile is taken
+    slot_at: float = 0.0
 
     @property
     def key(self) -> Key:
@@ -86,3 +93,8 @@ class Run:
     def lane(self) -> str:
         """What must not overlap: a job's tasks at one site."""
         return f"{self.work.assign.job}/{self.item.site}"
+
+
+def mark_of(key: Key) -> bytes:
+    """How a worker notes the attempt that it is at, where its agent finds it after its death."""
+    return f"{key[0]}.{key[1]}".encode().ljust(_MARK_BYTES)

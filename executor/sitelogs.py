@@ -15,7 +15,7 @@ from pathlib import Path
 
 import structlog
 
-from .hosts import MAX_LOG_BYTES
+from .hosts import MAX_LOG_BYTES, log_size
 
 log = structlog.get_logger(__name__)
 
@@ -78,11 +78,7 @@ class SiteLogs:
             known.closed = False
             known.quiet, known.next_at = 0, min(known.next_at, now + _LOOK_S * (1 + known.pieces / _SLOWER))
             return
-        try:
-            size = Path(path).stat().st_size
-        except OSError:
-            size = 0
-        self._logs[job, site] = _Log(job, site, Path(path), size, self._log_bytes, now + _LOOK_S)
+        self._logs[job, site] = _Log(job, site, Path(path), log_size(path), self._log_bytes, now + _LOOK_S)
 
     def watched(self) -> list[tuple[str, str]]:
         """(job, site) of each."""

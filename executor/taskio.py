@@ -12,11 +12,12 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from ..serialization import spans
 from ..serialization.codec import decode_fields, encode_fields, pack
 from ..serialization.errors import LayoutError, PayloadError, ValuesError
 from ..serialization.messages import INLINE_BYTES
 from ..serialization.model import FLModel, ParamsType, flatten
-from ..serialization.payload import decode_model, diff, encode_model
+from ..serialization.payload import EncodedModel, decode_model, diff, encode_model
 from .filtering import filter_input, filter_output, received_params
 from .state import SiteState
 
@@ -54,6 +55,8 @@ class TaskSpec:
     cwd: str = ""  # the site's folder; "" where the process is there already
     settings: dict[str, Any] = field(default_factory=dict[str, Any])  # of the job's own code at this site
     filters: dict[str, Any] = field(default_factory=dict[str, Any])  # by point, as the config has them
+    codec: str = ""  # what a result's float tensors are narrowed by, see serialization/narrowing.py
+    fold: str = ""  # the gather in whose partial the worker folds the result; "": it goes by itself
 
     def to_map(self) -> dict[str, Any]:
         """As it travels on the channel."""
@@ -90,7 +93,10 @@ def input_model(spec: TaskSpec) -> FLModel:
     Raises:
         JobError: a filter is not there. Whatever one of them raises.
     """
-    return filter_input(_decoded(spec, _framework(spec.exchange_format)), spec)
+    began = spans.start()
+    model = filter_input(_decoded(spec, _framework(spec.exchange_format)), spec)
+    spans.end("decode", began, site=spec.site, task=spec.task)
+    return model
 
 
 def _decoded(spec: TaskSpec, framework: Framework) -> FLModel:
@@ -121,6 +127,7 @@ class TaskResult:
     data: bytes | None
     path: str
     wrote_state: bool
+    folded: bool = False  # it is in its worker's partial: what is here beside that is its plain side
 
     def to_map(self, spec: TaskSpec, run_s: float) -> dict[str, Any]:
         """As it travels on the channel, with the seconds that it took."""
@@ -135,11 +142,14 @@ class TaskResult:
             "path": self.path,
             "wrote_state": self.wrote_state,
             "run_s": run_s,
+            "folded": self.folded,
         }
 
 
-def write_result(result: object, spec: TaskSpec, state: SiteState | None = None) -> TaskResult:
-    """Check what user code returned, take the difference where the job asks for DIFF, and encode it.
+def encode_result(result: object, spec: TaskSpec) -> EncodedModel:
+    """Check what user code returned, take the difference where the job asks for DIFF, filter it, and encode it.
+
+    The job's codec narrows what becomes part of an aggregate: not a site's own model, nor what makes the first model.
 
     Raises:
         PayloadError: not an FLModel, neither params nor metrics, values that cannot be stored, or more metrics and
@@ -147,7 +157,10 @@ def write_result(result: object, spec: TaskSpec, state: SiteState | None = None)
         ValuesError: NaN or Inf in a tensor, by name.
         LayoutError: a value that is no tensor; DIFF of one that the received model does not have, or has otherwise.
     """
+    began = spans.start()
     model = check_result(result, spec)
+    spans.end("check", began, site=spec.site, task=spec.task)
+    began = spans.start()
     received = spec.payload_bytes is not None or bool(spec.payload_path)
     # without a received model there is nothing to take a difference to: the round makes the first one of whole values
     wants_diff = spec.transfer_type == "DIFF" and received and spec.config.get("answer") != "params"
@@ -155,13 +168,25 @@ def write_result(result: object, spec: TaskSpec, state: SiteState | None = None)
         model = _difference(model, spec)
     if spec.filters.get("client_output"):
         model = check_result(filter_output(model, spec), spec)
-    encoded = encode_model(model)
+    codec = spec.codec if received and "answer" not in spec.config else ""
+    try:
+        encoded = encode_model(model, codec=codec)
+    except ValuesError as error:
+        raise ValuesError(f"the result of {spec}: {error}") from None
     plain = len(pack(encoded.meta))
     if plain > MAX_META_BYTES:
         raise PayloadError(
             f"the metrics and meta of {spec} take {plain} bytes; at most {MAX_META_BYTES} go along with a result: send"
             " arrays as params, and keep histories in the site state"
         )
+    spans.end("encode", began, site=spec.site, task=spec.task)
+    return encoded
+
+
+def write_result(result: object, spec: TaskSpec, state: SiteState | None = None) -> TaskResult:
+    """What user code returned as a result to be sent. Raises as `encode_result`."""
+    encoded = encode_result(result, spec)
+    began = spans.start()
     digest = encoded.digest() if spec.digest else ""
     data, path = None, ""
     if encoded.size <= INLINE_BYTES:
@@ -170,8 +195,13 @@ def write_result(result: object, spec: TaskSpec, state: SiteState | None = None)
         path = spec.result_path
         with Path(path).open("wb") as file:
             encoded.write_to(file)
-    wrote_state = state is not None and state.used and bool(spec.state_out) and state.save(Path(spec.state_out))
-    return TaskResult(encoded.size, digest, encoded.meta, data, path, wrote_state)
+    spans.end("write", began, site=spec.site, task=spec.task)
+    return TaskResult(encoded.size, digest, encoded.meta, data, path, save_state(state, spec))
+
+
+def save_state(state: SiteState | None, spec: TaskSpec) -> bool:
+    """Whether the attempt has written the site's next version."""
+    return state is not None and state.used and bool(spec.state_out) and state.save(Path(spec.state_out))
 
 
 def check_result(result: object, spec: TaskSpec) -> FLModel:

@@ -5,10 +5,9 @@ Runs in the agent's thread.
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,18 @@ from ..serialization.codec import check_plain
 from ..serialization.errors import FedloomError
 from ..serialization.messages import Event, JobId, Progress, Site
 from .channel import ChannelServer, Map
+from .collector import Collector
 from .config import parked_by_memory
 from .context import TaskContext, TaskFunction
 from .desk import Desk
-from .host import run_task
+from .functions import run_task
 from .hostpool import Host, HostPool
 from .hosts import Spawner, log_tail
-from .plans import host_plan, task_spec
 from .runs import Run
 from .script import ScriptExecutor
 from .sitelogs import SiteLogs
 from .slots import Slot
-from .state import version_name
+from .starts import Memories, Starts
 
 log = structlog.get_logger(__name__)
 
@@ -40,7 +39,7 @@ class Worker:
     """Starts tasks, hears of their hosts, and ends what must end.
 
     Args:
-        finished: told of each result that a host or a function gave.
+        collector: what it tells of each result that a host or a function gave.
         stopping: whether the agent is on its way out.
     """
 
@@ -49,19 +48,19 @@ class Worker:
         desk: Desk,
         channel: ChannelServer,
         spawner: Spawner,
-        finished: Callable[[Run, Map], None],
+        collector: Collector,
         stopping: Callable[[], bool],
     ) -> None:
         self._desk = desk
-        self._finished = finished
+        self._collector = collector
         self._stopping = stopping
         self.hosts = HostPool(channel, spawner, self)
         config = desk.config
         self.logs = SiteLogs(self._tell_log if config.share_logs else None, config.log_bytes)
         self._max_parked = parked_by_memory() if config.max_parked is None else config.max_parked
         self._limits_at = 0.0
-        self._lost_memory: set[str] = set()
-        self._seen_lanes: set[str] = set()
+        self._memories = Memories()
+        self._starts = Starts(desk, self.hosts, self.logs, self._memories)
 
     def end_job(self, job: str) -> None:
         """The job is over: its hosts may finish what they do behind their loop, its files go after them."""
@@ -75,11 +74,17 @@ class Worker:
         if job not in self._desk.ended_jobs or any(host.plan.job == job for host in self.hosts.hosts()):
             return
         self.logs.flush(job, time.monotonic(), closed=True)
-        self._lost_memory = {lane for lane in self._lost_memory if not lane.startswith(f"{job}/")}
-        self._seen_lanes = {lane for lane in self._seen_lanes if not lane.startswith(f"{job}/")}
+        self._memories.forget(job)
+        self._desk.slots.forget(job)
         self._desk.jobs.forget(job)
         self._desk.jobs.prune_logs(self._desk.config.keep_logs)
-        self._desk.states.forget(job, self._desk.config.sites)
+        desk = self._desk
+
+        def sweep() -> None:  # of thousands of sites, which takes a while
+            desk.jobs.sweep(job, self._stopping)
+            desk.states.forget(job, desk.config.sites)
+
+        desk.submit(sweep, lambda _, error: None)
 
     def close(self, grace_s: float, drain: Callable[[float], None] | None = None) -> None:
         """End everything that runs; ``drain`` lets what hosts said last come in."""
@@ -109,60 +114,13 @@ class Worker:
         """Start a task in its slot, which it keeps until it is answered."""
         self._desk.slot_of[run.key] = slot
         try:
-            self._begin(run, slot)
+            self._starts.describe(run)
+            if run.work.function is not None:
+                self._embedded(run, run.work.function)
+            else:
+                self._starts.give(run, slot)
         except (FedloomError, OSError) as error:
             self._desk.fail(run, "job", f"{run.item.site} cannot start the task: {error}")
-
-    def _begin(self, run: Run, slot: Slot) -> None:
-        link, hosts = self._desk.link, self.hosts
-        run.stage = "running"
-        run.started_at = 0.0
-        state_path = self._state_path(run)
-        incoming = ""
-        result_path = self._desk.outbox.payload_path(*run.key)
-        if link.local is not None and not run.work.prefolds:
-            incoming = f"x-{run.item.task}.{run.item.attempt}.{secrets.token_hex(4)}"
-            result_path = link.local.incoming_path(incoming)
-        run.incoming = incoming
-        run.spec = task_spec(run, self._desk.jobs, state_path, self._state_out(run), result_path, self._desk.digest)
-        if run.work.function is not None:
-            self._embedded(run, run.work.function)
-            return
-        plan = host_plan(run, slot, self._desk.jobs, self._desk.config.env)
-        run.log_path = plan.request.log_path if not run.spec.log_path else run.spec.log_path
-        self.logs.watch(run.job, run.item.site, run.log_path, time.monotonic())
-        if plan.lane:
-            fresh = hosts.find(plan.key) is None
-            self._note_restart(run, fresh and not plan.once and not state_path)
-        hosts.give(run, plan)
-        if plan.lane:
-            self._desk.slots.bind(plan.lane, slot)
-
-    def _note_restart(self, run: Run, fresh: bool) -> None:
-        """Whether a script that may have kept memory of its own starts without it."""
-        lane = run.lane
-        if fresh:
-            elsewhere = lane not in self._seen_lanes and run.item.settled > 0
-            run.restarted = run.restarted or elsewhere or lane in self._lost_memory
-        self._seen_lanes.add(lane)
-        self._lost_memory.discard(lane)
-
-    def _state_path(self, run: Run) -> Path | None:
-        item = run.item
-        if not item.state:
-            return None
-        path = self._desk.states.path(item.site, run.job, item.state)
-        if path.is_file():
-            return path
-        log.warning("state_lost", job=run.job, site=item.site, version=item.state)
-        run.restarted = True
-        data = {"task": item.task, "attempt": item.attempt, "version": item.state, "round": run.work.assign.round}
-        text = f"{item.site} starts round {run.work.assign.round} without its state: version {item.state} is not here"
-        self._desk.link.send(Event(run.work.assign.job, "state_lost", item.site, data, text))
-        return None
-
-    def _state_out(self, run: Run) -> Path:
-        return self._desk.states.path(run.item.site, run.job, version_name(run.item.task, run.item.attempt))
 
     def _embedded(self, run: Run, function: TaskFunction) -> None:
         spec = run.spec
@@ -193,26 +151,32 @@ class Worker:
         parked = hosts.parked()
         for other in parked[: max(0, len(parked) - self._max_parked)]:
             log.info("host_parked_too_long", key=other.plan.key, parked=len(parked), allowed=self._max_parked)
-            self._lost_memory.add(other.plan.lane)
+            self._memories.lose(other.plan.lane)
             hosts.stop(other, self._desk.config.stop_grace_s)
 
     def on_message(self, host: Host, message: Map) -> None:
         """A host's word about its task."""
+        if message["op"] == "partial":
+            self._collector.handed_over(host.id, host.plan.job, message)
+            return
         if host.run is None:
             if message["op"] == "event":
                 self._desk.event(host.plan.job, host.plan.lane.partition("/")[2], message)
             return
         self._told(host.run, message, host)
 
-    def on_ended(self, host: Host, run: Run | None) -> None:
-        """A host is gone; its unanswered task with it."""
+    def on_ended(self, host: Host, run: Run | None, behind: Sequence[Run]) -> None:
+        """A host is gone; its unanswered task with it, and what it had folded."""
+        for other in behind:
+            self._back(other)
         hosts = self.hosts
         plan = host.plan
         if plan.lane and hosts.find(plan.key) is None:
             self._desk.slots.unbind(plan.lane)
         text, killed = hosts.how_it_ended(host)
+        self._collector.worker_lost(host.id, f"its worker {text}")
         if plan.lane and not host.stopping and not host.left and not plan.once:
-            self._lost_memory.add(plan.lane)
+            self._memories.lose(plan.lane)
         if run is not None and run.cancelled:
             self._thrown_away(run)
         elif run is not None and run.key in self._desk.runs:
@@ -224,6 +188,18 @@ class Worker:
         if plan.lane:
             self.logs.flush(plan.job, time.monotonic())
         self.forget_job(plan.job)
+
+    def _back(self, run: Run) -> None:
+        """A task that its worker had not begun goes to another."""
+        if run.key not in self._desk.runs:
+            return
+        if run.cancelled:
+            self._desk.end(run)
+            return
+        self._desk.slots.release(run.key)
+        self._desk.slot_of.pop(run.key, None)
+        run.stage = "waiting"
+        self._desk.slots.push(run.key, run.lane)
 
     def _unanswered(self, host: Host, run: Run, text: str, killed: bool) -> None:
         if host.sent and not run.started_at:  # it had ended before this task reached it
@@ -284,13 +260,18 @@ class Worker:
         if host is not None:
             host.told = message["op"] == "failed"
             hosts.answered(host)
-        if run.key not in self._desk.runs or run.cancelled:
+        if message["op"] == "result":
+            self._starts.took(run, float(message.get("run_s", 0.0)))
+            self._desk.slots.took(run.lane, float(message.get("run_s", 0.0)))
+        if message.get("folded") and host is not None:
+            self._collector.folded(run, message, host.id)
+        elif run.key not in self._desk.runs or run.cancelled:
             self._thrown_away(run)
         elif message["op"] == "failed":
             self._desk.fail(run, str(message.get("code", "exception")), str(message.get("text", "")))
         else:
             with self._desk.answering(run):
-                self._finished(run, message)
+                self._collector.finished(run, message)
 
     def abandon(self, run: Run) -> None:
         """The broker wants this attempt no more. Scripts go on to their next `send`, which is thrown away: they have
@@ -302,7 +283,7 @@ class Worker:
         run.cancelled = True
         if run.context is not None:
             run.context.cancel()
-        host = next((host for host in hosts.hosts() if host.run is run), None)
+        host = next((host for host in hosts.hosts() if host.run is run or run in host.behind), None)
         if run.stage != "running" or (host is None and run.work.function is None):
             self._desk.end(run)
             return
@@ -312,9 +293,9 @@ class Worker:
             self._kill_host(host, run)
             self._desk.end(run)
         else:
-            hosts.cancel(host)
-            keeps_memory = isinstance(run.settings, ScriptExecutor)
-            run.kill_at = float("inf") if keeps_memory else time.monotonic() + self._desk.config.cancel_grace_s
+            hosts.cancel(host, run)
+            waits = isinstance(run.settings, ScriptExecutor) or host.run is not run  # for its end, or its turn
+            run.kill_at = float("inf") if waits else time.monotonic() + self._desk.config.cancel_grace_s
         self._desk.let_go(run.key)
 
     def _thrown_away(self, run: Run) -> None:
@@ -339,8 +320,9 @@ class Worker:
     def _limits(self, now: float) -> None:
         """End what was cancelled and goes on, and what runs longer than its user allows."""
         hosts = self.hosts
-        for run in list(self._desk.runs.values()):
-            if run.stage != "running":
+        for key in list(self._desk.slot_of):
+            run = self._desk.runs.get(key)
+            if run is None or run.stage != "running":
                 continue
             if run.cancelled:
                 if now > run.kill_at:
@@ -359,7 +341,7 @@ class Worker:
         for host in hosts.hosts():
             if host.run is run:
                 if host.plan.lane and not host.plan.once:
-                    self._lost_memory.add(host.plan.lane)
+                    self._memories.lose(host.plan.lane)
                 self._kill_host(host, run)
 
     def _kill_host(self, host: Host, run: Run) -> None:

@@ -48,8 +48,8 @@ def test_each_command_has_help(command: str) -> None:
 
 def test_documented_options_are_there() -> None:
     sim = run("sim", "--help").stdout
-    options = ("-w,", "-n,", "-c,", "-t,", "-gpu,", "-m,", "-l,", "--seed", "--json", "--log-format", "--compat")
-    for option in options:
+    options = "-w, -n, -c, -t, -gpu, --gpu-memory-share --plan -m, -l, --seed --json --log-format --compat"
+    for option in options.split():
         assert option in sim
     assert "--bind" in run("broker", "--help").stdout
     assert "--insecure" in run("broker", "--help").stdout
@@ -70,6 +70,7 @@ def test_documented_options_are_there() -> None:
         (["sim", "nowhere.py", "-c", ","], "names no client; write -c site-1,site-2"),
         (["sim", "nowhere.py", "--compat", "flower"], "--compat 'flower'; allowed is nvflare"),
         (["sim", ".", "-l", "loud"], "log level 'loud'"),
+        (["sim", ".", "--plan", "--profile"], "give --plan or --profile"),
         (["sim", "."], "meta.json is missing"),
         (["job", "submit", "nowhere"], "job folder nowhere does not exist"),
         (["job", "status", "x", "--broker", "localhost"], "an endpoint such as"),

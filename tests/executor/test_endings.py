@@ -107,8 +107,8 @@ def test_an_error_of_our_own_fails_the_task_and_leaves_room_for_the_next(broker,
     agent = make_agent({"train": lambda model, ctx: FLModel(params=model.params)})
     owner, name = {
         "assign": (agent, "_assign"),
-        "begin": (agent._worker, "_begin"),
-        "finished": (agent._worker, "_finished"),
+        "begin": (agent._worker, "_embedded"),
+        "finished": (agent._collector, "finished"),
     }[where]
     right = getattr(owner, name)
 
@@ -198,6 +198,9 @@ def test_ended_jobs_leave_their_newest_logs_and_no_empty_folders(tmp_path):
     assert sorted(folders.on_disk()) == [f"job-{i}" for i in range(5)]
     for i in range(5):
         folders.forget(f"job-{i}")
+        folders.sweep(f"job-{i}", lambda last=i == 4: last)
+    assert (tmp_path / "jobs" / "job-4").exists()  # the executor stops: it does not wait for this
+    folders.sweep("job-4", lambda: False)
     folders.prune_logs(2)
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["job-3", "job-4"]
     left = [path for path in (tmp_path / "jobs").rglob("*") if path.is_file()]

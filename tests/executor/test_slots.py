@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from fedloom.executor.slots import Slots
+from fedloom.executor.slots import PATIENCE, Slots
 
 
 def test_capacity_bounds_what_runs_and_the_queue_is_first_come():
@@ -77,6 +77,8 @@ def test_any_schedule_keeps_the_rules():
         started: set[int] = set()
         for key in range(60):
             lanes[key] = rng.choice(["", "a", "b", "c"])
+            if lanes[key] and rng.random() < 0.3:
+                slots.took(lanes[key], rng.choice([0.01, 0.5, 3.0]))
             slots.push(key, lanes[key])
             for got, slot in slots.take():
                 assert slot.index not in running.values() and got not in started
@@ -97,3 +99,71 @@ def test_any_schedule_keeps_the_rules():
                 started.add(got)
                 running[got] = slot.index
         assert started == set(range(60))
+
+
+def makespan(costs: dict[str, float], capacity: int, known: dict[str, float]) -> float:
+    """When the last task of a round ends, of sites whose last tasks took as long as ``known`` says."""
+    slots: Slots[str] = Slots(capacity)
+    for site, seconds in known.items():
+        slots.took(f"job/{site}", seconds)
+    for site in costs:
+        slots.push(site, f"job/{site}")
+    now, ends = 0.0, []
+    while slots.waiting or ends:
+        ends += [(now + costs[key], key) for key, _ in slots.take()]
+        now, key = min(ends)
+        ends.remove((now, key))
+        slots.release(key)
+    return now
+
+
+def test_what_takes_long_goes_first_and_no_round_ends_much_after_the_shortest_schedule():
+    for seed in range(100):
+        rng = random.Random(seed)
+        capacity = rng.randint(1, 6)
+        costs = {f"site-{n}": rng.lognormvariate(0, 1) for n in range(rng.randint(1, 40))}
+        least = max(sum(costs.values()) / capacity, max(costs.values()))  # no schedule is shorter
+        assert makespan(costs, capacity, costs) <= (4 / 3) * least + max(costs.values()) / 3
+    last = {f"site-{n}": 1.0 for n in range(8)} | {"slow": 4.0}
+    assert (makespan(last, 2, {}), makespan(last, 2, last)) == (8.0, 6.0)  # four rounds of two, then the slow one
+
+
+def test_a_site_of_which_nothing_is_known_goes_first_and_quick_ones_are_not_sorted():
+    slots: Slots[str] = Slots(1)
+    for lane, seconds in (("j/a", 0.01), ("j/b", 0.04)):
+        slots.took(lane, seconds)
+        slots.push(lane, lane)
+    slots.push("j/new", "j/new")
+    order = []
+    while slots.waiting:
+        order += [key for key, _ in slots.take()]
+        slots.release(order[-1])
+    assert order == ["j/a", "j/b", "j/new"]
+    slots.took("j/b", 2.0)
+    for lane in ("j/a", "j/b", "j/new"):
+        slots.push(lane, lane)
+    while slots.waiting:
+        order += [key for key, _ in slots.take()]
+        slots.release(order[-1])
+    assert order[3:] == ["j/new", "j/b", "j/a"]
+    slots.forget("j")
+    for lane in ("j/a", "j/b"):
+        slots.push(lane, lane)
+    assert [key for key, _ in slots.take()] == ["j/a"]
+
+
+def test_the_oldest_task_waits_for_a_bounded_number_of_others():
+    slots: Slots[str] = Slots(2)
+    slots.took("j/quick", 0.01)
+    slots.push("quick", "j/quick")
+    started = 0
+    for n in range(1000):  # longer ones come all the time
+        slots.took(f"j/{n}", 5.0)
+        slots.push(f"long-{n}", f"j/{n}")
+        for key, _ in slots.take():
+            if key == "quick":
+                assert started <= PATIENCE * 2 + 2
+                return
+            started += 1
+            slots.release(f"long-{started - 2}")
+    raise AssertionError("it never started")

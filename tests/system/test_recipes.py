@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fedloom.serialization.model import FLModel
+from fedloom.serialization.payload import decode_model, encode_model
 from safetensors.numpy import load_file, save_file
 
 pytestmark = pytest.mark.process
@@ -79,13 +81,23 @@ class Largest:
         return FLModel(params={"numpy_key": best.params["numpy_key"] * self.factor})
 """
 
+FUNCTION = """\
+import fedloom.client as flare
+import numpy as np
+
+def train(model, ctx):
+    assert {value.dtype for value in model.params.values()} == {np.dtype(np.float32)}
+    own = np.random.default_rng(int(ctx.site[-1])).standard_normal(5000).astype(np.float32)
+    return flare.FLModel(params={"w": model.params["w"] + own, "b": model.params["b"] + np.float32(1)})
+"""
+
 JOB = """\
 import json
 import sys
 from fedloom.recipe import FedAvgRecipe, NumpyFedAvgRecipe, SimEnv
 {imports}
 
-recipe = {recipe}(name="job", min_clients=2, train_script="client.py", {options})
+recipe = {recipe}(name="job", min_clients=2, {options})
 run = recipe.execute(SimEnv(num_clients=2, workspace_root="runs"))
 print("status:", run.get_status())
 """
@@ -99,6 +111,7 @@ def execute(children: Any, workspace: Path) -> Execute:
 
     def run(options: str, *, recipe: str = "NumpyFedAvgRecipe", imports: str = "", client: str = CLIENT) -> Path:
         (workspace / "client.py").write_text(client)
+        options = options if "train_script" in options else f'train_script="client.py", {options}'
         (workspace / "job.py").write_text(JOB.format(options=options, recipe=recipe, imports=imports))
         code, out, err = children.output([sys.executable, "job.py"], 240, cwd=workspace)
         assert code == 0, out + err
@@ -184,3 +197,20 @@ def test_a_torch_checkpoint(execute: Execute, workspace: Path) -> None:
     )
     made = load_file(result / "model.safetensors")
     assert {name: array.ravel().tolist() for name, array in made.items()} == {"weight": [4, 5], "bias": [6]}
+
+
+@pytest.mark.parametrize("codec", ["fp16", "bf16", "int8"])
+def test_results_that_travel_in_a_codec(execute: Execute, workspace: Path, codec: str) -> None:
+    result = execute(
+        'num_rounds=2, model={"w": np.zeros(5000, np.float32), "b": np.zeros(2, np.float32)}, codec='
+        f'{codec!r}, params_transfer_type="DIFF", train_script="client.py:train"',
+        imports="import numpy as np",
+        client=FUNCTION,
+    )
+    own = [np.random.default_rng(site).standard_normal(5000).astype(np.float32) for site in (1, 2)]
+    came = [decode_model(encode_model(FLModel(params={"w": value}), codec=codec).tobytes()).params for value in own]
+    made, expected = load_file(result / "model.safetensors"), 2 * np.mean([value["w"] for value in came], axis=0)
+    assert made["b"].tolist() == [2, 2]
+    # the second round's difference is taken from other values: alike but for a rounding
+    assert float(np.abs(made["w"] - expected).max()) < {"fp16": 2e-3, "bf16": 2e-2, "int8": 3e-2}[codec]
+    assert not np.allclose(made["w"], 2 * np.mean(own, axis=0), rtol=0, atol=1e-7)

@@ -32,18 +32,20 @@ def records(result: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("function", [False, True], ids=["script", "function"])
 def test_workers_and_partials(jobs: Any, workspace: Path, sha256: Callable[[Path], str], function: bool) -> None:
+    """The agent folds what is small; workers fold what is large where each of them has four results or more."""
     digests: dict[str, str] = {}
     for threads in (1, 2, 4):
         for prefold in (True, False):
             name = f"t{threads}-{'partials' if prefold else 'singles'}"
+            elements = 20_000 if function else 7_500
             result = simulate(
-                jobs, workspace / name, threads=threads, prefold=prefold, elements=20_000, function=function
+                jobs, workspace / name, threads=threads, prefold=prefold, elements=elements, function=function
             )
             digests[name] = sha256(result)
             in_partials = sum(record["partials"] for record in records(result))
             tasks = sum(record["tasks"] for record in records(result))
             assert tasks == 8 * 3
-            if prefold:
+            if prefold and (threads <= 2 or not function):
                 assert in_partials > 0.9 * tasks
             else:
                 assert in_partials == 0

@@ -1,0 +1,120 @@
+"""What a worker process folds of its own tasks' results, before one of them has left it.
+
+A result that is folded where it was made is neither encoded nor written nor read again: of hundreds of results one
+partial goes to the agent. The agent knows of each of them from the worker's answers, and asks for the partial.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..serialization import spans
+from ..serialization.digest import digest_buffers
+from ..serialization.fold import Fold, FoldPlan
+from ..serialization.messages import INLINE_TOTAL_BYTES
+from ..serialization.payload import EncodedModel
+from .runs import Key
+
+#: Gathers of which a plan is kept: those that follow one another, and a few jobs beside each other.
+_MAX_PLANS = 16
+#: Between a result's addition and its answer are microseconds.
+_TOLD_S = 1.0
+
+
+@dataclass(slots=True)
+class _Open:
+    fold: Fold
+    keys: list[Key] = field(default_factory=list[Key])
+    untold: bool = False  # the agent does not know of the last of them yet
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A partial that is to leave: in ``data`` where it is small, else in the file that was asked for."""
+
+    keys: list[Key]
+    id: str
+    size: int
+    digest: str
+    data: bytes | None
+
+
+class WorkerFolds:
+    """A fold for each gather in hand. Thread-safe: the worker adds, its channel's thread takes what is to leave."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._told = threading.Condition(self._lock)
+        self._plans: dict[str, bytes] = {}
+        self._open: dict[str, _Open] = {}
+
+    def plan(self, gather: str, plan: bytes) -> None:
+        """By which results of this gather are added."""
+        with self._lock:
+            self._plans.pop(gather, None)
+            self._plans[gather] = plan
+            for old in list(self._plans)[:-_MAX_PLANS]:
+                if old not in self._open:
+                    del self._plans[old]
+
+    def add(self, gather: str, key: Key, result: EncodedModel, site: str, meta: Mapping[str, Any]) -> None:
+        """Add a result.
+
+        Raises:
+            FoldError, LayoutError, PayloadError: as `Fold.add`; it is not in then.
+        """
+        began = spans.start()
+        with self._lock:
+            entry = self._open.get(gather)
+            if entry is None:
+                entry = _Open(Fold(FoldPlan.from_bytes(self._plans[gather])))
+            entry.fold.add(result, site=site, meta=meta)
+            entry.keys.append(key)
+            entry.untold = True
+            self._open[gather] = entry
+        spans.end("fold", began, site=site, task=key[0])
+
+    def told(self, gather: str) -> None:
+        """The answer for the result that was added last is on its way."""
+        with self._told:
+            if (entry := self._open.get(gather)) is not None:
+                entry.untold = False
+            self._told.notify_all()
+
+    def take(self, gather: str, path: str, *, digest: bool) -> Made | None:
+        """What was folded of a gather, which begins anew; None where that is nothing.
+
+        Waits until the worker has told of all of it, so that the partial comes behind the answers of its tasks.
+
+        Raises:
+            OSError: the file cannot be written. What was folded is lost.
+        """
+        with self._told:
+            while (entry := self._open.get(gather)) is not None and entry.untold:
+                self._told.wait(_TOLD_S)
+            if entry is None:
+                return None
+            del self._open[gather]
+        began = spans.start()
+        buffers, size = entry.fold.to_partial()
+        found = digest_buffers(buffers) if digest else ""
+        data = b"".join(buffers) if size <= INLINE_TOTAL_BYTES else None
+        if data is None:
+            with Path(path).open("wb", buffering=0) as file:
+                for buffer in buffers:
+                    view = memoryview(buffer).cast("B")
+                    while view:
+                        view = view[file.write(view) :]
+        spans.end("partial", began)
+        return Made(entry.keys, f"p-{secrets.token_hex(16)}", size, found, data)
+
+    def keys(self, gather: str) -> list[Key]:
+        """The attempts whose results are in hand."""
+        with self._lock:
+            entry = self._open.get(gather)
+            return list(entry.keys) if entry is not None else []
