@@ -15,10 +15,10 @@ demo: venv  ## a federated model, trained on real digits through the whole pipel
 	$(BIN)/python examples/digits/job.py --workspace workspace
 
 test: venv  ## everything, processes and kill -9 included, on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: venv  ## the tiers that start no processes, on two cores: under a minute
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not process and not gpu and not proof"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not process and not gpu and not proof"
 
 check: venv  ## lint, format, types, and which package may import which
 	$(BIN)/ruff check .
@@ -30,7 +30,7 @@ proof: venv  ## the long forms: 20,000 schedules, each safeguard switched off in
 	$(BIN)/python tests/simulated/run.py --regressions
 	$(BIN)/python tests/simulated/run.py --schedules 20000 --json workspace/proof/schedules.json
 	$(BIN)/python tests/simulated/run.py --mutations --limit 300
-	$(BIN)/python -m pytest -m proof -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m proof -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: venv  ## every figure of fedloom beside its reference and target, some twelve minutes (ARGS=--quick: three)
 	$(BIN)/python benchmarks/run.py --json workspace/bench/results.json $(ARGS)

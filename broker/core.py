@@ -357,6 +357,8 @@ class ControlCore:
         if now - self._expired_at >= _EXPIRE_S:
             self._expired_at = now
             state.payloads.expire("submit", now - SUBMIT_KEEP_S)
+            for job in state.jobs.active():  # partials whose executors died before their Done
+                state.payloads.expire(f"part:{job.id}", now - SUBMIT_KEEP_S)
             self.payloads.expire_admissions(now)
             state.journal_full = state.journal.size() > state.settings.journal_bytes
 

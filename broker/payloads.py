@@ -3,8 +3,8 @@
 Holders: ``commit:<job>`` and ``best:<job>`` (models and state of the last commit), ``job:<job>`` (its archive),
 ``gather:<id>`` (models, fold plans and results of gathers whose round is not committed), ``checkpoint:<id>``,
 ``task:<id>`` (a result that came before its Done), ``part:<job>`` (a partial that came before its Done; until the next
-commit), ``put:<job>`` (put by a job's process and not used yet; until its next commit or claim), ``submit`` (put by a
-client and not used yet; for an hour).
+commit, for an hour at most), ``put:<job>`` (put by a job's process and not used yet; until its next commit or claim),
+``submit`` (put by a client and not used yet; for an hour).
 """
 
 from __future__ import annotations

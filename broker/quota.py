@@ -3,8 +3,9 @@
 Counted are the payloads that have rows, and those that were admitted and are on their way. For each job that has a
 model in the spool a reserve is kept that uploads can never take: two checkpoints (int64 sums, so twice a float32
 model unless the job says more), or one beside the next model and state; and until it has them, what its commits keep
-beside the last model: the best one, a state. So a full spool cannot deadlock a round: the
-job's process can always store the checkpoint that frees the results which it covers.
+beside the last model: the best one, a state. So a full spool cannot deadlock a round: the job's process can always
+store the checkpoint that frees the results which it covers. Room for the largest result is left to results alone:
+else another job or a client could leave a running job none for a single one, and keep it so.
 
 Uploads of a job that have to wait keep their turn: a later one comes in only where all before it would fit as well.
 They are told to ask again the sooner the nearer their turn is, so that many who wait do not ask all the time.
@@ -130,6 +131,11 @@ class Quota:
         """Bytes that are kept for the running jobs' checkpoints and next models."""
         return sum(self._reserve(job) for job in self._jobs.active())
 
+    @property
+    def result_bytes(self) -> int:
+        """The largest result that may come: room for one is kept from all that is no result of a running job."""
+        return max((self.model_bytes(job) for job in self._jobs.active() if job.status == "RUNNING"), default=0)
+
     # ------------------------------------------------------------ admission
 
     def admit(self, ref: PayloadRef, now: float, *, job: str = "", task: str = "", own: bool = False) -> float | None:
@@ -152,21 +158,21 @@ class Quota:
         mine = self._jobs.jobs.get(JobId(job)) if own else None
         model = self.model_bytes(mine) if mine is not None else 0
         if mine is not None and not model and not ref.id.startswith(_PARTIAL):
-            # its first model: the job starts to count, so its reserve must fit beside those of the others
+            # its first model: the job starts to count, so its round must fit beside the others' reserves and results
             needs = Needs.of(mine.meta, ref.size)
             self.check_fit(mine.archive.size, needs)
-            needed = needs.round
+            needed = needs.round + max(0, self.result_bytes - ref.size)
         else:
             needed = ref.size
         if ref.size > self.total:
             text = f"payload of {ref.size} bytes; the spool's quota is {self.total} (quota_bytes)"
             raise FaultError("quota", text, bound="quota_bytes")
         others = sum(self._reserve(other) for other in self._jobs.active() if other is not mine)
-        room = self.total - self.used - others
+        room = self.total - self.used - others - (0 if job else self.result_bytes)
         if mine is None and not self._is_next(ref, job, room, now):
             return self._wait(ref, now, job, task)
         if needed > room:
-            if needed != ref.size and not others and not self._coming:
+            if needed != ref.size and not self.result_bytes and not self._coming:
                 raise FaultError(
                     "quota",
                     f"the job needs {needed} bytes in the spool; {self.used} of the quota of {self.total} are taken by"
@@ -309,10 +315,16 @@ class Quota:
             return 0
         needs = Needs.of(job.meta, model)
         needs = replace(needs, checkpoint=max(needs.checkpoint, self._checkpoints.get(job.id, 0)))
-        holders = [f"put:{job.id}", *(f"checkpoint:{g.id}" for g in self._ledger.gathers_of(job.id))]
-        kept = {payload for holder in holders for payload in self._payloads.held_by(holder)}
+        gathers = self._ledger.gathers_of(job.id)
+        holders = [f"put:{job.id}", *(f"checkpoint:{g.id}" for g in gathers)]
+        models = {g.spec.payload.id: g.spec.payload.size for g in gathers if g.spec.payload}
+        kept = {payload for holder in holders for payload in self._payloads.held_by(holder)}.difference(models)
         taken = sum(self._payloads.rows[payload].size for payload in kept if self._is_extra(payload))
         taken += sum(a.payload.size for a in self.admitted.values() if a.own and a.job == job.id)
+        # beside the reserve: what the disk lost of the rounds' models comes again
+        taken -= sum(size for payload, size in models.items() if payload not in self._payloads.rows)
+        if not models and (job.commit is None or job.commit.model is None):
+            taken -= model  # and of what the job has put, that is what its first round starts from
         return max(0, needs.reserve - taken) + self._to_come(job, needs)
 
     @staticmethod

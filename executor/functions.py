@@ -183,6 +183,8 @@ class _Worker:
     def _begun(self, context: TaskContext) -> None:
         with self._lock:
             self._running = context
+            if self._key in self._unwanted:  # said between the look at it and now
+                context.cancel()
 
     def _say(self, op: str, data: dict[str, Any]) -> None:
         points = data.get("data", {}).get("points") if data.get("kind") == POINTS_KIND else None

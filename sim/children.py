@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ def run_data(
 
     _enter(log_level, log_json)
     stop = _stop_on_terminate()
-    loop = DataLoop(DataConfig(store=Path(store), bind=f"{endpoint}.data", internal=internal, **(_BROKER | options)))
+    known = {item.name for item in fields(DataConfig)}  # the rest is for the control process alone
+    mine = {name: value for name, value in (_BROKER | options).items() if name in known}
+    loop = DataLoop(DataConfig(store=Path(store), bind=f"{endpoint}.data", internal=internal, **mine))
     try:
         _say_ready(ready)
         loop.run(stop)

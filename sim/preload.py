@@ -23,17 +23,20 @@ __all__ = ["end_early", "load_early", "modules_for", "start_early", "start_warm"
 #: What every warm process loads, whatever the job needs.
 BASE_MODULES = (
     "numpy",
+    "numpy.random",  # numpy itself waits for its first use, which is in every site
     "zmq",
     "fedloom.broker.service",
     "fedloom.broker.control",
     "fedloom.broker.data",
     "fedloom.controller.service",
     "fedloom.controller.job",
+    "fedloom.serialization.jobfolder",
     "fedloom.controller.workflows.fedavg",
     "fedloom.executor.agent",
     "fedloom.executor.host",
     "fedloom.sim.children",
     "fedloom.client",
+    "pkgutil",  # of runpy, which starts scripts
 )
 #: With torch, what its first optimizer step would import in every process anew: more than a second each time.
 TORCH_MODULES = ("torch", "torch._dynamo")

@@ -188,11 +188,17 @@ class SpoolWorld:
         return coming
 
     def round_bytes(self, ref: PayloadRef, owner: dict[str, Any]) -> int:
-        """What there must be room for: a job's first model comes in only where its round will fit as well."""
-        job = self.state.jobs.jobs.get(owner.get("job"))
-        if job is None or "claim" not in owner or self.state.quota.model_bytes(job):
+        """What there must be room for: a job's first model comes in only where its round will fit as well.
+
+        Room for the largest result is left to results: by clients, and by models of further jobs.
+        """
+        quota = self.state.quota
+        if "job" not in owner:
+            return ref.size + quota.result_bytes
+        job = self.state.jobs.jobs.get(owner["job"])
+        if job is None or "claim" not in owner or quota.model_bytes(job):
             return ref.size
-        return Needs.of(job.meta, ref.size).round
+        return Needs.of(job.meta, ref.size).round + max(0, quota.result_bytes - ref.size)
 
     def land(self, coming: Coming, point: str = "") -> bool:
         """Its file is whole and in place, and it is reported; whether its row was made."""

@@ -39,7 +39,7 @@ class JournalMachine(machines.LedgerMachine):
         self.jobs, self.payloads = Jobs(), PayloadTable()
         self.events: list[EventRow] = []
         self.records: list[tuple[Any, ...]] = []
-        self.inline: dict[str, bytes] = {}  # by task, as acknowledged
+        self.inline: dict[str, bytes | None] = {}  # by task, as acknowledged first: a repeat changes nothing
         self.rows: dict[str, Any] = {}  # all tables as they were saved last
         self.before: dict[str, Any] | None = None  # what a crash brings back, while changes are not saved
         self.save()
@@ -68,8 +68,8 @@ class JournalMachine(machines.LedgerMachine):
             self.payloads.release(PayloadId(payload), f"part:{JOB}")
         for item in done.items:
             self.payloads.release_all(f"task:{item.task}")
-            if item.task in self.stored and item.inline_bytes:
-                self.inline.setdefault(item.task, b"abc")
+            if item.task in self.stored:
+                self.inline.setdefault(item.task, b"abc" if item.inline_bytes else None)
 
     def tables(self) -> dict[str, Any]:
         """Jobs and payloads as the journal has them."""

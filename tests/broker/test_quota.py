@@ -198,6 +198,51 @@ def test_a_second_job_starts_when_the_first_has_left_room(make: Callable[[int], 
     assert isinstance(one.ask(MODEL, "b3-other", **owner), Grant)
 
 
+def test_a_running_job_keeps_room_for_a_result(make: Callable[[int], Spooled], tools: Any) -> None:
+    """A smaller job, or a client, would take the last of it, and what they commit or submit would stay there."""
+    one = make(8 * MODEL)
+    first, _, ((_, ref, _),), _ = opened(one, tools, 1)  # 2 models are free
+    second = one.world.job("second")
+    answer = one.ask(MODEL // 4, "b3-other", job=second.hello.job, claim=1)  # it needs 7/4
+    assert answer.code == "quota" and answer.retry_after_s > 0
+    assert one.ask(MODEL * 3 // 2, "b3-clients").code == "quota"
+    one.land(MODEL, f"r-{ref.task}.1", job=first.hello.job, task=ref.task, attempt=1)
+
+
+def test_the_model_of_a_round_that_is_not_open_yet_is_no_part_of_the_reserve(
+    make: Callable[[int], Spooled], tools: Any
+) -> None:
+    """Others would take that much of it before the round opens."""
+    one = make(14 * MODEL)
+    job = one.world.job()
+    model = one.land(MODEL, "b3-model", job=job.hello.job, claim=1)
+    assert one.spool()["reserved_bytes"] == 5 * MODEL
+    job.send(*tools.opening(job, sites=("site-0",), payload=model))
+    assert one.spool()["reserved_bytes"] == 5 * MODEL
+
+
+def test_room_is_kept_for_a_model_that_the_disk_has_lost(make: Callable[[int], Spooled], tools: Any) -> None:
+    one = make(14 * MODEL)
+    opened(one, tools, 1)
+    before = one.spool()
+    one.world.core.state.spool.path("b3-model").unlink()
+    one.world.restart()
+    spool = one.spool()
+    assert spool["used_bytes"] == before["used_bytes"] - MODEL
+    assert spool["reserved_bytes"] == before["reserved_bytes"] + MODEL, "the job puts it again"
+
+
+def test_a_partial_whose_executor_died_before_its_done_goes_in_an_hour(
+    make: Callable[[int], Spooled], tools: Any
+) -> None:
+    """The round may not come to its end for want of that room."""
+    one = make(14 * MODEL)
+    job, *_ = opened(one, tools, 1)
+    one.land(2 * MODEL, "p-1", job=job.hello.job)
+    one.world.pass_time(3900, step=195)
+    assert one.spool()["used_bytes"] - MODEL < 100
+
+
 def test_small_payloads_of_clients_are_bounded_too(make: Callable[[int], Spooled]) -> None:
     one = make(100_000)
     client = one.world.client()

@@ -349,6 +349,7 @@ def test_a_finished_file_that_takes_the_place_of_chunks_leaves_nothing_open() ->
 
 
 @pytest.mark.proof
+@pytest.mark.timeout(1500)
 def test_many_transfers() -> None:
     """The long form."""
     run_state_machine_as_test(TransfersMachine, settings=long(1100, 60, SHORT))
