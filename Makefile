@@ -32,7 +32,7 @@ proof: venv  ## the long forms: 20,000 schedules, each safeguard switched off in
 	$(BIN)/python tests/simulated/run.py --mutations --limit 300
 	$(BIN)/python -m pytest -m proof -n 2 --dist loadfile --no-loadscope-reorder
 
-bench: venv  ## every figure of fedloom beside its reference and target, some twelve minutes (ARGS=--quick: three)
+bench: venv  ## every figure of fedloom beside its reference and target (ARGS=--quick: some six minutes)
 	$(BIN)/python benchmarks/run.py --json workspace/bench/results.json $(ARGS)
 
 PEERS := nvflare flower pfl
