@@ -119,7 +119,7 @@ class Gather:
     """A step's tasks, the results accepted so far in their order, and the rule of closing."""
 
     id: GatherId
-    spec: OpenGather  # as asked for, without ref, claim and have
+    spec: OpenGather  # as asked for, without ref, claim and have; without partials where the spool has no room
     digest: str
     requested: tuple[Site, ...]
     opened_at: float

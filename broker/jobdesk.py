@@ -146,10 +146,10 @@ class JobDesk:
     def open_gather(self, session: Session, message: OpenGather, tail: bytes, now: float) -> None:
         """Open a gather, or go on with the one of this key behind the results that the process has."""
         state = self._state
-        self._own(session, message.job, message.claim)
+        job = self._own(session, message.job, message.claim)
         self._check_bytes("config of a gather", message.config, "max_config_bytes")
         state.require(message.payload, message.fold)
-        gather = state.ledger.open(message, names_in(tail, "sites"), now)
+        gather = state.ledger.open(message, names_in(tail, "sites"), now, partials=state.quota.takes_partials(job))
         for payload in gather.payload_ids() if gather.id in state.ledger.dirty_gathers else ():
             state.payloads.hold(payload, f"gather:{gather.id}", now)
         self._streams.open(session, gather, message.ref, message.have)

@@ -40,8 +40,11 @@ class Ledger(Leases):
         self.past: OrderedDict[GatherId, int] = OrderedDict()
         self.past_dropped = 0
 
-    def open(self, message: OpenGather, sites: Sequence[str], now: float) -> Gather:
+    def open(self, message: OpenGather, sites: Sequence[str], now: float, *, partials: bool = True) -> Gather:
         """Open a gather, or find the one that is recorded under the same key.
+
+        Args:
+            partials: whether there is room for them, if the gather would take them.
 
         Raises:
             NondeterministicError: another specification is recorded under this key.
@@ -59,7 +62,8 @@ class Ledger(Leases):
             text = f"{len(sites)} sites; a gather may have {self.limits.max_tasks} (max_tasks): ask fewer, or raise it"
             raise FaultError("too_many", text, bound="max_tasks")
         self._check_room(message, len(sites))
-        gather = Gather(gid, strip(message), digest, tuple(Site(site) for site in sites), now)
+        spec = replace(strip(message), partials=message.partials and partials)
+        gather = Gather(gid, spec, digest, tuple(Site(site) for site in sites), now)
         self.gathers[gid] = gather
         self.dirty_gathers[gid] = gather
         for when in next_check(gather):

@@ -47,7 +47,7 @@ class PayloadDesk:
                 raise FaultError("digest", f"payload {ref.id} arrived damaged: its digest is {digest}")
             holder = self._holder(message, session.role)
             quota = self._state.quota
-            if session.role != "job" and quota.total and quota.used + ref.size > quota.total:
+            if session.role != "job" and quota.total and ref.size > quota.spare:
                 quota.refused += 1
                 text = (
                     f"{quota.used} bytes of the spool's quota of {quota.total} (quota_bytes) are taken: try again later"

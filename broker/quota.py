@@ -5,7 +5,8 @@ model in the spool a reserve is kept that uploads can never take: two checkpoint
 model unless the job says more), or one beside the next model and state; and until it has them, what its commits keep
 beside the last model: the best one, a state. So a full spool cannot deadlock a round: the job's process can always
 store the checkpoint that frees the results which it covers. Room for the largest result is left to results alone:
-else another job or a client could leave a running job none for a single one, and keep it so.
+else another job or a client could leave a running job none for a single one, and keep it so. A gather takes partials,
+which are larger, only where there is room for one when it is opened; the room is kept until it is closed.
 
 Uploads of a job that have to wait keep their turn: a later one comes in only where all before it would fit as well.
 They are told to ask again the sooner the nearer their turn is, so that many who wait do not ask all the time.
@@ -133,8 +134,18 @@ class Quota:
 
     @property
     def result_bytes(self) -> int:
-        """The largest result that may come: room for one is kept from all that is no result of a running job."""
-        return max((self.model_bytes(job) for job in self._jobs.active() if job.status == "RUNNING"), default=0)
+        """The largest result or partial that may come: room for it is kept from all that is none of a running job."""
+        return max((self._result(job) for job in self._jobs.active() if job.status == "RUNNING"), default=0)
+
+    @property
+    def spare(self) -> int:
+        """Bytes for what is not a running job's: what is left beside the reserves and the largest result."""
+        return self.total - self.used - self.reserved - self.result_bytes
+
+    def takes_partials(self, job: Job) -> bool:
+        """Whether a gather that this job opens now may take partials: one fits in, whatever else comes."""
+        partial = self._needs(job, self.model_bytes(job)).checkpoint
+        return not self.total or self.spare >= max(0, partial - self.result_bytes)
 
     # ------------------------------------------------------------ admission
 
@@ -168,7 +179,7 @@ class Quota:
             text = f"payload of {ref.size} bytes; the spool's quota is {self.total} (quota_bytes)"
             raise FaultError("quota", text, bound="quota_bytes")
         others = sum(self._reserve(other) for other in self._jobs.active() if other is not mine)
-        room = self.total - self.used - others - (0 if job else self.result_bytes)
+        room = self.total - self.used - others if job else self.spare
         if mine is None and not self._is_next(ref, job, room, now):
             return self._wait(ref, now, job, task)
         if needed > room:
@@ -306,6 +317,16 @@ class Quota:
         sizes += [ref.size for ref in coming if ref.id[:2] != _PARTIAL]
         return max(sizes)
 
+    def _result(self, job: Job) -> int:
+        """The largest that an executor may put for this job now."""
+        model = self.model_bytes(job)
+        partials = any(g.live and g.spec.partials for g in self._ledger.gathers_of(job.id))
+        return max(model, self._needs(job, model).checkpoint if partials else 0)
+
+    def _needs(self, job: Job, model: int) -> Needs:
+        needs = Needs.of(job.meta, model)
+        return replace(needs, checkpoint=max(needs.checkpoint, self._checkpoints.get(job.id, 0)))
+
     def _reserve(self, job: Job) -> int:
         """What is left of the job's reserve: its checkpoints and what it has put for its next commit are taken off."""
         if job.status != "RUNNING":
@@ -313,8 +334,7 @@ class Quota:
         model = self.model_bytes(job)
         if not model:
             return 0
-        needs = Needs.of(job.meta, model)
-        needs = replace(needs, checkpoint=max(needs.checkpoint, self._checkpoints.get(job.id, 0)))
+        needs = self._needs(job, model)
         gathers = self._ledger.gathers_of(job.id)
         holders = [f"put:{job.id}", *(f"checkpoint:{g.id}" for g in gathers)]
         models = {g.spec.payload.id: g.spec.payload.size for g in gathers if g.spec.payload}

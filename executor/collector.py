@@ -248,7 +248,7 @@ class Collector:
         keys = [(str(task), int(attempt)) for task, attempt in message["keys"]]
         path, incoming = self._asked.pop((worker, gather[1]), (None, ""))
         if not keys:  # nothing of what it told of is there
-            self._give_back(self._shares.lost(worker), "its worker has lost it")
+            self._give_back(self._shares.drop(worker, gather), "its worker has lost it")
             return
         results, whole = self._shares.take(worker, gather, keys, time.monotonic())
         wrong = str(message.get("error", "")) or ("" if whole else "it holds a result that is wanted no more")

@@ -16,7 +16,7 @@ import structlog
 
 from .channel import ChannelServer, Map
 from .hosts import HostProcess, HostRequest, Spawner, describe_exit, log_size
-from .runs import Run, mark_of
+from .runs import MAX_PLANS, Run, mark_of
 from .taskio import TaskSpec
 
 log = structlog.get_logger(__name__)
@@ -79,7 +79,7 @@ class Host:
     stopping: bool = False
     leftovers: list[Path] = field(default_factory=list[Path])  # to be removed once it is dead
     failure: tuple[str, str] | None = None  # (code, text): why it could not even start working
-    plans: set[str] = field(default_factory=set[str])  # gathers of which it has the fold plan
+    plans: dict[str, None] = field(default_factory=dict[str, None])  # gathers of which it has the fold plan, by age
 
     @property
     def task_connection(self) -> int | None:
@@ -184,7 +184,9 @@ class HostPool:
     def _tell_plan(self, host: Host, connection: int, run: Run) -> None:
         gather = run.spec.fold if run.spec is not None else ""
         if gather and gather not in host.plans:
-            host.plans.add(gather)
+            host.plans[gather] = None
+            if len(host.plans) > MAX_PLANS:  # it may have dropped that one
+                del host.plans[next(iter(host.plans))]
             self._channel.send(connection, {"op": "plan", "gather": gather, "plan": run.work.plan})
 
     def flush(self, id: str, gather: str, path: str, digest: bool) -> bool:

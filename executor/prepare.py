@@ -29,11 +29,11 @@ _ASK_S = 60.0
 _MAX_ANSWER_BYTES = 1024 * 1024
 #: From how many results on a partial pays: see `Preparer._pays`.
 _PAYS_AFAR = 4
-_PAYS_HERE = 16
-_PAYS_A_WORKER = 4
+PAYS_HERE = 16
+PAYS_A_WORKER = 4
 #: Of the memory that is free when the executor starts, what its workers' sums may take; a sum has 8 bytes for each
 #: value of the model, which has 4 or 2.
-_MEMORY_SHARE = 4
+MEMORY_SHARE = 4
 _SUM_BYTES = 4
 #: A plan goes to each worker in a message of its channel.
 _MAX_PLAN_BYTES = 512 * 1024
@@ -45,7 +45,7 @@ class Preparer:
     def __init__(self, desk: Desk, functions: Mapping[str, TaskFunction]) -> None:
         self._desk = desk
         self._functions = functions
-        self._memory = available_bytes() // _MEMORY_SHARE
+        self._memory = available_bytes() // MEMORY_SHARE
 
     def prepare(self, work: Work) -> None:
         """In a pool thread. What is here already is not fetched again."""
@@ -87,7 +87,7 @@ class Preparer:
             return False
         if payload is None or payload.size <= INLINE_BYTES:
             return True
-        return work.known >= (_PAYS_AFAR if self._desk.link.local is None else _PAYS_HERE) or self._in_workers(work)
+        return work.known >= (_PAYS_AFAR if self._desk.link.local is None else PAYS_HERE) or self._in_workers(work)
 
     def _in_workers(self, work: Work) -> bool:
         """Whether workers fold their own results: each has several, and memory holds a sum for each of them."""
@@ -95,7 +95,7 @@ class Preparer:
         functions = all(isinstance(settings, FunctionExecutor) for settings in work.settings.values())
         if work.function is not None or payload is None or not work.assign.partials or not functions:
             return False
-        return work.known >= _PAYS_A_WORKER * workers and _SUM_BYTES * payload.size * workers <= self._memory
+        return work.known >= PAYS_A_WORKER * workers and _SUM_BYTES * payload.size * workers <= self._memory
 
     def _settings(self, job: JobFolder, message: Assign, site: str, known: dict[int, Settings]) -> Settings:
         """What works on these tasks at a site.

@@ -16,6 +16,8 @@ from .taskio import TaskSpec
 
 Key = tuple[str, int]
 _MARK_BYTES = 160
+#: Gathers of which a worker keeps the fold plan: those that follow one another, and a few jobs beside each other.
+MAX_PLANS = 16
 Stage = Literal["preparing", "waiting", "running", "folding", "storing"]
 
 

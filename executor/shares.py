@@ -92,6 +92,10 @@ class Shares:
         share.spoiled = False
         return found, whole
 
+    def drop(self, host: str, gather: Gather) -> list[Result]:
+        """The worker has nothing of this gather: what it had told of."""
+        return self._drop([(host, gather)] if (host, gather) in self._open else [])
+
     def lost(self, host: str) -> list[Result]:
         """The worker is gone, and what it had folded."""
         return self._drop([place for place in self._open if place[0] == host])

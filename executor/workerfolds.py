@@ -17,11 +17,9 @@ from ..serialization import spans
 from ..serialization.digest import digest_buffers
 from ..serialization.fold import Fold, FoldPlan
 from ..serialization.messages import INLINE_TOTAL_BYTES
-from ..serialization.payload import EncodedModel
-from .runs import Key
+from ..serialization.payload import EncodedModel, write_buffers
+from .runs import MAX_PLANS, Key
 
-#: Gathers of which a plan is kept: those that follow one another, and a few jobs beside each other.
-_MAX_PLANS = 16
 #: Between a result's addition and its answer are microseconds.
 _TOLD_S = 1.0
 
@@ -58,7 +56,7 @@ class WorkerFolds:
         with self._lock:
             self._plans.pop(gather, None)
             self._plans[gather] = plan
-            for old in list(self._plans)[:-_MAX_PLANS]:
+            for old in list(self._plans)[:-MAX_PLANS]:
                 if old not in self._open:
                     del self._plans[old]
 
@@ -106,10 +104,7 @@ class WorkerFolds:
         data = b"".join(buffers) if size <= INLINE_TOTAL_BYTES else None
         if data is None:
             with Path(path).open("wb", buffering=0) as file:
-                for buffer in buffers:
-                    view = memoryview(buffer).cast("B")
-                    while view:
-                        view = view[file.write(view) :]
+                write_buffers(file, buffers)
         spans.end("partial", began)
         return Made(entry.keys, f"p-{secrets.token_hex(16)}", size, found, data)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, cast
@@ -43,11 +43,26 @@ _NORESERVE: Final = 0x4000 if sys.platform == "linux" and platform.machine() in 
 
 
 class Writable(Protocol):
-    """What `EncodedModel.write_to` needs of a file: raw ones may write less than asked."""
+    """What `write_buffers` needs of a file: raw ones may write less than asked."""
 
     def write(self, data: memoryview, /) -> int | None:
         """Write bytes; return how many."""
         ...
+
+
+def write_buffers(file: Writable, buffers: Iterable[Buffer]) -> None:
+    """Write these bytes one behind the other to a file open for binary writing, without a copy of them in memory.
+
+    Raises:
+        OSError: the file refused; part of them may be written.
+    """
+    for buffer in buffers:
+        rest = memoryview(buffer).cast("B")
+        while len(rest):
+            written = file.write(rest)
+            if not written:
+                raise OSError("the file took no bytes: is it non-blocking?")
+            rest = rest[written:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +93,7 @@ class EncodedModel:
         Raises:
             OSError: the file refused; part of the payload may be written.
         """
-        for buffer in self.buffers:
-            rest = buffer
-            while len(rest):
-                written = file.write(rest)
-                if not written:
-                    raise OSError("the file took no bytes: is it non-blocking?")
-                rest = rest[written:]
+        write_buffers(file, self.buffers)
 
     def tobytes(self) -> bytes:
         """The payload as one object: for small models, as it copies everything."""

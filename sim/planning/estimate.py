@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ...broker.quota import Needs
+from ...executor.prepare import MEMORY_SHARE, PAYS_A_WORKER, PAYS_HERE
 from ...serialization.messages import INLINE_BYTES
 from ..gpus import users
 from .figures import Fleet, GpuRow, Machine, Measured, Plan, Row
@@ -20,12 +21,8 @@ __all__ = ["TASK_BYTES", "TASK_S", "estimate", "size_text"]
 #: 1.0 and 2.1 KiB), and what its messages take.
 TASK_BYTES = 3072
 TASK_S = 0.0005
-#: How many results one partial stands for (`AgentConfig.partial_max_tasks`), from how many on the agent folds what is
-#: larger than a message, and a worker its own (`executor.prepare`).
+#: How many results one partial stands for (`AgentConfig.partial_max_tasks`).
 _PARTIAL_TASKS = 256
-_PAYS_HERE = 16
-_PAYS_A_WORKER = 4
-_MEMORY_SHARE = 4
 #: After how many models, or which part of the quota, a checkpoint frees the results of a round.
 _CHECKPOINT_MODELS = 4
 _CHECKPOINT_QUOTA = 8
@@ -89,12 +86,12 @@ def _plan(job: str, measured: Measured, fleet: Fleet, machine: Machine) -> Plan:
 def _worker_folds(measured: Measured, fleet: Fleet, machine: Machine) -> bool:
     """Whether a worker of functions adds up its own results: it has several, and memory holds a sum for each worker."""
     sums = measured.checkpoint * fleet.workers
-    several = fleet.tasks >= _PAYS_A_WORKER * fleet.workers
-    return fleet.functions and fleet.prefold and several and sums <= machine.memory // _MEMORY_SHARE
+    several = fleet.tasks >= PAYS_A_WORKER * fleet.workers
+    return fleet.functions and fleet.prefold and several and sums <= machine.memory // MEMORY_SHARE
 
 
 def _agent_folds(measured: Measured, fleet: Fleet) -> bool:
-    return fleet.prefold and fleet.tasks > 1 and (measured.model <= INLINE_BYTES or fleet.tasks >= _PAYS_HERE)
+    return fleet.prefold and fleet.tasks > 1 and (measured.model <= INLINE_BYTES or fleet.tasks >= PAYS_HERE)
 
 
 def _memory(measured: Measured, fleet: Fleet, machine: Machine) -> tuple[Row, ...]:

@@ -284,3 +284,39 @@ def test_what_a_commit_keeps_beside_its_model_is_reserved(make: Callable[[int], 
         spool = one.spool()
         taken, was = (s["used_bytes"] + s["reserved_bytes"] for s in (spool, before))
         assert taken <= was, "a commit takes nothing that was not kept for it"
+
+
+def test_a_gather_takes_partials_only_where_one_has_room(make: Callable[[int], Spooled], tools: Any) -> None:
+    """A partial is as large as a checkpoint, twice the model: where only one model is kept free it waited for ever."""
+    for free, taken in ((1, False), (3, True)):
+        one = make((1 + 5 + free) * MODEL + 1000)
+        job = one.world.job()
+        owner = {"job": job.hello.job, "claim": 1}
+        model = one.land(MODEL, "b3-model", **owner)
+        pool = one.world.executor("site-0", "site-1", node="pool/p")
+        asked = {"sites": pool.sites, "min_clients": 2, "payload": model, "partials": True}
+        job.send(*tools.opening(job, **asked))
+        tasks = tools.work(pool)
+        assert [assign.partials for assign, *_ in tasks[:1]] == [taken]
+        job.send(*tools.opening(job, **asked))
+        assert {r.gather for r in job.take(Receipt)} == {tasks[0][0].gather}, "asked for again, it is the same gather"
+        if not taken:
+            continue
+        # room for one is kept while the gather is open: neither a client nor a smaller job gets it
+        assert one.ask(MODEL * 3 // 2, "b3-clients").code == "quota"
+        second = one.world.job("second")
+        assert one.ask(MODEL // 4, "b3-other", job=second.hello.job, claim=1).code == "quota"
+        partial = one.land(2 * MODEL, "p-1", job=job.hello.job)
+        items = tuple(DoneItem(ref.task, ref.attempt, site) for _, ref, site in tasks)
+        pool.send(Done(tasks[0][0].job, tasks[0][0].gather, items, partial))
+        assert len(pool.one(Stored).tasks) == 2
+
+
+def test_the_archive_of_a_client_leaves_the_reserves_alone(make: Callable[[int], Spooled], tools: Any) -> None:
+    one = make(7 * MODEL + 1000)
+    job, *_ = opened(one, tools, 1)
+    client = one.world.client()
+    with pytest.raises(AssertionError):
+        client.put(b"x" * 32_000)
+    assert client.one(Fault).code == "quota"
+    one.land(2 * MODEL, "p-1", job=job.hello.job, claim=1)

@@ -61,13 +61,14 @@ OLD_S = SUBMIT_KEEP_S + 300.0
 class SpoolMachine(world.SpoolWorld, RuleBasedStateMachine):  # type: ignore[misc]
     """A broker with a quota, two jobs at a time, and one pool of executors."""
 
-    @initialize(quota=st.sampled_from((24, 30, 45, 80)), last=st.sampled_from(("", *POINTS)))
-    def begin(self, quota: int, last: str) -> None:
+    @initialize(quota=st.sampled_from((24, 30, 45, 80)), last=st.sampled_from(("", *POINTS)), folding=st.booleans())
+    def begin(self, quota: int, last: str, folding: bool) -> None:
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
         self.folder = Path(tempfile.mkdtemp(prefix="spool"))
         self.world = tools.World(self.folder, quota_bytes=quota * UNIT)
         self.total = quota * UNIT
         self.last = last  # where the broker dies once more in the end
+        self.folding = folding  # whether the executors fold in the end
         self.loose: dict[str, dict[str, float]] = {}  # holder: payload, since; of what waits to be used
         self.lost: set[tuple[str, str]] = set()  # holders, and what the disk took from them
         self.coming: dict[str, Coming] = {}
@@ -178,14 +179,18 @@ class SpoolMachine(world.SpoolWorld, RuleBasedStateMachine):  # type: ignore[mis
             message = Done(assign.job, assign.gather, (DoneItem(ref.task, ref.attempt, site, payload),))
             self.act(point, lambda: self.pool.send(message), lambda: self.drop(f"task:{ref.task}"))
 
-    @precondition(lambda self: self.tasks)
+    @precondition(lambda self: any(task[0].partials for task in self.tasks.values()))
     @rule(point=CRASH, keep=st.booleans())
     def a_partial(self, point: str, keep: bool) -> None:
         """All tasks of one gather that are left, as one payload; without ``keep`` its Done conflicts and is refused."""
-        assign = next(iter(self.tasks.values()))[0]
-        mine = [task for task in self.tasks.values() if task[0].gather == assign.gather]
+        self.partial(next(assign.gather for assign, _, _ in self.tasks.values() if assign.partials), point, keep)
+
+    def partial(self, gather: str, point: str = "", keep: bool = True) -> None:
+        mine = [task for task in self.tasks.values() if task[0].gather == gather]
+        assign = mine[0][0]
         self.count += 1
-        payload = PayloadRef(PayloadId(f"p-{self.count}"), 2 * assign.payload.size)
+        waiting = (c.ref for c in self.coming.values() if c.waited and c.owner == {"job": assign.job})
+        payload = next(waiting, PayloadRef(PayloadId(f"p-{self.count}"), 2 * assign.payload.size))
         coming = self.ask(payload, {"job": assign.job})
         if coming is None or not coming.admitted or not self.land(coming, point):
             return
@@ -400,6 +405,11 @@ class SpoolMachine(world.SpoolWorld, RuleBasedStateMachine):  # type: ignore[mis
         raise AssertionError("a running job cannot go on")
 
     def results_come(self, gather: str) -> None:
+        """One by one, or all as one partial where the gather takes those."""
+        mine = [assign for assign, _, _ in self.tasks.values() if assign.gather == gather]
+        if self.folding and mine and mine[0].partials:
+            self.partial(gather)
+            return
         for tid in [tid for tid, task in self.tasks.items() if task[0].gather == gather]:
             for _ in range(2):
                 if tid in self.tasks:

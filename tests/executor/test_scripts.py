@@ -294,7 +294,7 @@ while flare.is_running():
     assert psutil.pid_exists(child)
     agent.stop()
     _until(lambda: not _alive(child))
-    assert not [p for p in psutil.Process().children(recursive=True) if "fedloom" in " ".join(p.cmdline())]
+    assert not [p.pid for p in psutil.Process().children(recursive=True) if _alive(p.pid) and _is_ours(p)]
 
 
 def test_a_slots_environment_reaches_its_scripts(broker, make_agent, make_job, weights):
@@ -346,6 +346,13 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    try:
+        return "fedloom" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
         return False
 
 

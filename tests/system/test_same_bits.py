@@ -13,15 +13,17 @@ from fedloom.recipe import ProdEnv, SimEnv
 pytestmark = pytest.mark.process
 
 
-def simulate(jobs: Any, folder: Path, *, threads: int, prefold: bool = True, **options: Any) -> Path:
+def simulate(
+    jobs: Any, folder: Path, *, threads: int, prefold: bool = True, clients: int = 8, quota: int = 0, **options: Any
+) -> Path:
     env = SimEnv(
-        num_clients=8,
+        num_clients=clients,
         num_threads=threads,
         workspace_root=folder,
         show_progress=False,
-        extra={"prefold": prefold},
+        extra={"prefold": prefold, "broker": {"quota_bytes": quota}},
     )
-    run = jobs.recipe(clients=8, **options).execute(env)
+    run = jobs.recipe(clients=clients, **options).execute(env)
     assert run.get_status() == "FINISHED:COMPLETED"
     return run.get_result()
 
@@ -50,6 +52,19 @@ def test_workers_and_partials(jobs: Any, workspace: Path, sha256: Callable[[Path
             else:
                 assert in_partials == 0
     assert len(set(digests.values())) == 1, digests
+
+
+@pytest.mark.parametrize("function", [False, True], ids=["script", "function"])
+def test_a_spool_without_room_for_partials(
+    jobs: Any, workspace: Path, sha256: Callable[[Path], str], function: bool
+) -> None:
+    """A partial takes two models: where a single result's room is all there is, results come singly, and it goes on."""
+    options = {"threads": 2, "clients": 20, "rounds": 2, "elements": 1 << 18, "function": function}
+    narrow = simulate(jobs, workspace / "narrow", quota=int(8.3 * (1 << 20)), **options)
+    wide = simulate(jobs, workspace / "wide", quota=20 << 20, **options)
+    assert sha256(narrow) == sha256(wide)
+    assert [record["partials"] for record in records(narrow)] == [0, 0]
+    assert all(record["partials"] > 0 for record in records(wide))
 
 
 def test_repeated_runs_and_other_seeds(jobs: Any, workspace: Path, sha256: Callable[[Path], str]) -> None:
