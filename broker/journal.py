@@ -240,6 +240,8 @@ class Journal:
         self._db.executemany(
             "INSERT OR REPLACE INTO results VALUES(?,?,?,?,?)", [rows.result_row(fresh) for fresh in ledger.fresh]
         )
+        # first, as all that is dirty came behind it
+        self._db.executemany("DELETE FROM sites WHERE job=?", [(job,) for job in ledger.forgotten])
         self._db.executemany(
             "INSERT OR REPLACE INTO sites VALUES(?,?,?,?,?,?)",
             [
@@ -248,7 +250,6 @@ class Journal:
                 if (state := ledger.site_states.get((job, site)))
             ],
         )
-        self._db.executemany("DELETE FROM sites WHERE job=?", [(job,) for job in ledger.forgotten])
 
     def _save_events(self, events: Iterable[EventRow]) -> None:
         self._db.executemany(

@@ -45,7 +45,7 @@ PLACES: dict[str, list[int]] = {name: list(range(BASE[name].size)) for name in N
 PLACES["big"] = [0, BLOCK - 1, BLOCK, BLOCK + 1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """A result as its site sent it, and what the model knows of it."""
 
