@@ -397,16 +397,18 @@ class ControlCore:
         fault_point("control.before_commit")
         state.journal.save(state.ledger, state.jobs, state.payloads, state.events, state.records)
         fault_point("control.after_commit_before_send")
-        most = state.settings.max_events
-        full = {e.job for e in state.events if e.seq > most and e.seq % max(1, most // TRIM_SHARE) == 0}
-        for job in full:
-            state.bounds.reached("max_events", state.journal.trim_events(job, most))
-        state.events.clear()
+        if state.events:
+            most = state.settings.max_events
+            full = {e.job for e in state.events if e.seq > most and e.seq % max(1, most // TRIM_SHARE) == 0}
+            for job in full:
+                state.bounds.reached("max_events", state.journal.trim_events(job, most))
+            state.events.clear()
         state.records.clear()
-        for payload in state.payloads.doomed:
-            state.forget_small(payload)
-            state.spool.delete(payload)
-        state.payloads.doomed.clear()
+        if state.payloads.doomed:
+            for payload in state.payloads.doomed:
+                state.forget_small(payload)
+                state.spool.delete(payload)
+            state.payloads.doomed.clear()
         if state.abandoned:
             state.spool.drop_incoming(state.abandoned)
             state.abandoned.clear()

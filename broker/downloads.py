@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
-import zlib
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import structlog
 
+from ..serialization.checksum import crc32 as crc32_of
 from ..serialization.errors import PayloadError, StorageError
 from ..serialization.messages import Abort, Chunk, Finish, Get, Grant
 from ..serialization.stream import ChunkPlan, Sender
@@ -49,7 +49,7 @@ class _File:
             raise OSError(errno.EIO, "the payload's file became shorter")
         crc32 = self._crc32.get(index)
         if crc32 is None:
-            crc32 = self._crc32[index] = zlib.crc32(data)
+            crc32 = self._crc32[index] = crc32_of(data)
         return data, crc32
 
 

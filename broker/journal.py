@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +18,13 @@ from ..serialization.codec import pack
 from ..serialization.errors import CodecError, StorageError
 from ..serialization.faultpoints import fault_point
 from ..serialization.jobmessages import POINTS_KIND
-from ..serialization.messages import CommitRef, DoneItem, GatherId, JobId, PayloadRef, Site
+from ..serialization.messages import CommitRef, GatherId, JobId, PayloadRef, Site
 from . import rows
-from .gathers import Task
+from .gathers import FreshResult, Task
 from .jobs import Jobs
 from .ledger import Ledger, SiteState
 from .payloads import Hold, PayloadTable
+from .recent import RecentResults, StoredResult
 
 __all__ = ["SCHEMA", "EventRow", "Journal", "StoredResult"]
 
@@ -48,16 +49,6 @@ CREATE TABLE sites(job TEXT, site TEXT, version TEXT NOT NULL, settled INTEGER N
 CREATE TABLE events(job TEXT, seq INTEGER, at REAL NOT NULL, kind TEXT NOT NULL, site TEXT NOT NULL, text TEXT NOT NULL,
     data BLOB NOT NULL, PRIMARY KEY(job, seq)) WITHOUT ROWID;
 """
-
-
-@dataclass(frozen=True, slots=True)
-class StoredResult:
-    """A result as the Done stream needs it; of a partial, the first result has the inline bytes if there are any."""
-
-    item: DoneItem
-    inline: bytes | None
-    partial: PayloadRef | None
-    packed_bytes: int  # of the item
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +84,7 @@ class Journal:
         except sqlite3.Error as error:
             raise StorageError(f"journal {self.path}: {error}") from None
         self.event_seq: dict[JobId, int] = {}
+        self._recent = RecentResults()
         self.rewind()
 
     def _prepare(self) -> None:
@@ -112,7 +104,8 @@ class Journal:
             )
 
     def rewind(self) -> None:
-        """Number events from the last one that was committed."""
+        """Number events from the last one that was committed, and go by the rows alone."""
+        self._recent.clear()
         found = self._db.execute("SELECT job, max(seq) FROM events GROUP BY job")
         self.event_seq = {JobId(job): seq for job, seq in found}
 
@@ -158,12 +151,15 @@ class Journal:
             with self._transaction():
                 self._save_payloads(payloads)
                 self._save_jobs(jobs, records)
-                self._save_ledger(ledger)
+                written = self._save_ledger(ledger)
                 self._save_events(events)
                 fault_point("journal.before_commit")
         except sqlite3.Error as error:
             raise StorageError(f"journal {self.path}: {error}: is the disk full?") from error
         fault_point("journal.after_commit")
+        if ledger.released or ledger.rewrites:
+            self._recent.clear()
+        self._recent.add(written)
         for changes in (
             ledger.dirty_tasks,
             ledger.dirty_gathers,
@@ -178,6 +174,10 @@ class Journal:
         jobs.gone.clear()
         payloads.ops.clear()
         return True
+
+    def _write(self, statement: str, values: Sequence[tuple[Any, ...]]) -> None:
+        if values:  # most turns have something for one or two tables
+            self._db.executemany(statement, values)
 
     def _save_payloads(self, payloads: PayloadTable) -> None:
         for op in payloads.ops:
@@ -198,7 +198,7 @@ class Journal:
                 " ON CONFLICT(id) DO UPDATE SET data=excluded.data",
                 (job.id, rows.job_row(job)),
             )
-        self._db.executemany(
+        self._write(
             "INSERT OR REPLACE INTO commits VALUES(?,?,?,?)",
             [(job, ordinal, commit.round, pack(commit.record)) for job, ordinal, commit in records],
         )
@@ -207,15 +207,16 @@ class Journal:
             for table, key in (("jobs", "id"), ("commits", "job"), ("events", "job"), ("sites", "job")):
                 self._db.execute(f"DELETE FROM {table} WHERE {key}=?", (job,))  # noqa: S608 - names of our own
 
-    def _save_ledger(self, ledger: Ledger) -> None:
+    def _save_ledger(self, ledger: Ledger) -> list[tuple[FreshResult, rows.ResultRow]]:
+        """Returns the results among it."""
         gone = [(gid,) for gid in ledger.released]
         for table, key in (("results", "gather"), ("tasks", "gather"), ("gathers", "id")):
-            self._db.executemany(f"DELETE FROM {table} WHERE {key}=?", gone)  # noqa: S608 - names of our own
-        self._db.executemany(
+            self._write(f"DELETE FROM {table} WHERE {key}=?", gone)  # noqa: S608 - names of our own
+        self._write(
             "INSERT OR REPLACE INTO gathers VALUES(?,?,?,?)",
             [(g.id, g.job, g.opened_at, rows.gather_row(g)) for g in ledger.dirty_gathers.values()],
         )
-        self._db.executemany(
+        self._write(
             "INSERT OR REPLACE INTO tasks VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
             [
                 (
@@ -237,12 +238,11 @@ class Journal:
         )
         for gid, kept in ledger.rewrites:
             self._rewrite_results(gid, kept)
-        self._db.executemany(
-            "INSERT OR REPLACE INTO results VALUES(?,?,?,?,?)", [rows.result_row(fresh) for fresh in ledger.fresh]
-        )
+        results = [rows.result_row(fresh) for fresh in ledger.fresh]
+        self._write("INSERT OR REPLACE INTO results VALUES(?,?,?,?,?)", results)
         # first, as all that is dirty came behind it
-        self._db.executemany("DELETE FROM sites WHERE job=?", [(job,) for job in ledger.forgotten])
-        self._db.executemany(
+        self._write("DELETE FROM sites WHERE job=?", [(job,) for job in ledger.forgotten])
+        self._write(
             "INSERT OR REPLACE INTO sites VALUES(?,?,?,?,?,?)",
             [
                 (job, site, state.version, state.settled, state.last, state.attempt)
@@ -250,9 +250,10 @@ class Journal:
                 if (state := ledger.site_states.get((job, site)))
             ],
         )
+        return list(zip(ledger.fresh, results, strict=True))
 
     def _save_events(self, events: Iterable[EventRow]) -> None:
-        self._db.executemany(
+        self._write(
             "INSERT OR REPLACE INTO events VALUES(?,?,?,?,?,?,?)",
             [(e.job, e.seq, e.at, e.kind, e.site, e.text, pack(e.data)) for e in events],
         )
@@ -324,7 +325,10 @@ class Journal:
         ledger.adopt_task(gather, task, now)
 
     def results(self, gather: GatherId, start: int, count: int) -> list[StoredResult]:
-        """A gather's results from ``start`` on, at most ``count``."""
+        """A gather's results from ``start`` on, at most ``count``: fewer than there are, but not none of those."""
+        recent = self._recent.of(gather, start, count)
+        if recent:
+            return recent
         found = self._db.execute(
             "SELECT item, inline, partial FROM results WHERE gather=? AND idx>=? ORDER BY idx LIMIT ?",
             (gather, start, count),

@@ -68,6 +68,9 @@ class SiteState:
     attempt: str = ""  # and by which attempt, as task.attempt: its Done may come again when its gather is gone
 
 
+_NO_STATE = SiteState()
+
+
 class Leases(ABC):
     """Tasks, the executors that own them, and timers. `Ledger` adds the gathers' own rules."""
 
@@ -107,7 +110,7 @@ class Leases(ABC):
 
     def site_state(self, job: JobId, site: Site) -> SiteState:
         """The site's current state version of a job."""
-        return self.site_states.get((job, site), SiteState())
+        return self.site_states.get((job, site), _NO_STATE)
 
     def adopt_task(self, gather: Gather, task: Task, now: float) -> None:
         """Take a new or journaled task into all indexes."""

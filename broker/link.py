@@ -45,7 +45,7 @@ from .linkstate import LinkState, LocalSpool, OnMessage, Outgoing, Request, Stat
 from .linkstreams import Download, Sink, Upload
 from .sockets import make_context
 
-__all__ = ["Link", "LocalSpool", "fault_error"]
+__all__ = ["Link", "LocalSpool", "Request", "fault_error"]
 
 log = structlog.get_logger(__name__)
 
@@ -164,15 +164,29 @@ class Link:
             LinkTimeout: no answer in time.
             LinkError: the link was closed or given up.
         """
-        request = Request(Outgoing.of(message, tail))
+        return self.answer(self.ask(message, tail), timeout_s)
+
+    def ask(self, message: Any, tail: Buffer = b"") -> Request:
+        """Send a message with a ``ref``, as `request` does; `answer` has to be called for what is asked.
+
+        What is asked one after another comes in this order, after a reconnect as well.
+
+        Raises:
+            CodecError: as `request`.
+        """
+        request = Request(Outgoing.of(message, tail), message.ref, type(message).__name__)
         self._shared.ask(message.ref, request)
+        if self.state == "up":  # else it is sent with the next Welcome
+            self._shared.outbox.append(request.outgoing)
+            self._shared.wake()
+        return request
+
+    def answer(self, request: Request, timeout_s: float = 60.0) -> tuple[Message, Buffer]:
+        """Wait for the answer to what was asked. Raises as `request`."""
         try:
-            if self.state == "up":  # else it is sent with the next Welcome
-                self._shared.outbox.append(request.outgoing)
-                self._shared.wake()
-            self._wait(request.done, timeout_s, f"{type(message).__name__} to {self.endpoint}")
+            self._wait(request.done, timeout_s, f"{request.what} to {self.endpoint}")
         finally:
-            self._shared.forget(message.ref)
+            self._shared.forget(request.ref)
         if request.error:
             raise request.error
         assert request.answer is not None

@@ -17,7 +17,7 @@ import structlog
 
 from ..serialization.envelope import Buffer
 from ..serialization.errors import FaultError, FencedError, LinkError, NondeterministicError
-from ..serialization.messages import Fault, Hello, Message, Pong, TaskRef, Welcome, decode, encode
+from ..serialization.messages import Fault, Hello, Message, Pong, TaskRef, Welcome, encode_checked
 from .linkstreams import Streams
 
 log = structlog.get_logger(__name__)
@@ -76,14 +76,12 @@ class Outgoing:
 
     @staticmethod
     def of(message: Message, tail: Buffer = b"") -> Outgoing:
-        """Encoded and read again in the sender's thread, so that it learns of what the broker would refuse to read.
+        """Encoded and checked in the sender's thread, so that it learns of what the broker would refuse to read.
 
         Raises:
-            CodecError: too large, or a field out of its bounds.
+            CodecError: too large, or a field out of its bounds. EnvelopeError: too large a tail.
         """
-        frames = encode(message, tail)
-        decode(frames)
-        return Outgoing(message.KIND, frames)
+        return Outgoing(message.KIND, encode_checked(message, tail))
 
 
 @dataclass(slots=True)
@@ -91,6 +89,8 @@ class Request:
     """A message that is repeated, after each reconnect and when it waits too long, until its answer comes."""
 
     outgoing: Outgoing
+    ref: int = 0
+    what: str = ""
     said_at: float = field(default_factory=time.monotonic)
     done: threading.Event = field(default_factory=threading.Event)
     answer: tuple[Message, Buffer] | None = None

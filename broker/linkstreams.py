@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 
+from ..serialization.checksum import crc32
 from ..serialization.digest import Digester
 from ..serialization.envelope import Buffer
 from ..serialization.errors import FaultError, FencedError, PayloadError
@@ -91,7 +91,7 @@ class Upload:
                 return  # whoever put it has given up; the link is told in a moment
             self.chunks_sent += 1
             self._finished_at = _NEVER
-            yield encode(Chunk(self.stream, index, len(data), zlib.crc32(data)), data)
+            yield encode(Chunk(self.stream, index, len(data), crc32(data)), data)
         if sender.sent_all and now >= self._finished_at + _ASK_S:
             # said again as long as there is no answer: a broker that has lost the stream says so, and gets a Put
             self._finished_at = now
@@ -201,7 +201,7 @@ class Download:
                 if arrival.accepted:
                     self._all_sent_at = None
                     self._take(arrival.start, memoryview(tail))
-                elif arrival.outcome is Outcome.CORRUPT and zlib.crc32(tail) == message.crc32:
+                elif arrival.outcome is Outcome.CORRUPT and crc32(tail) == message.crc32:
                     self._fail(PayloadError(f"payload {self.ref.id} is not of the {self.ref.size} bytes asked for"))
             case Finish():
                 self._all_sent_at = now

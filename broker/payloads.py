@@ -99,7 +99,8 @@ class PayloadTable:
 
     def release_all(self, holder: str, keep: Iterable[PayloadId] = ()) -> None:
         """The holder needs none of its payloads any more, but those in ``keep``."""
-        for payload in sorted(self._by_holder.get(holder, set()).difference(keep)):
+        held = self._by_holder.get(holder)
+        for payload in sorted(held.difference(keep)) if held else ():
             self.release(payload, holder)
 
     def held_by(self, holder: str) -> frozenset[PayloadId]:

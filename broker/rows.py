@@ -9,7 +9,7 @@ from ..serialization.messages import CommitRef, DoneItem, GatherId, OpenGather, 
 from .gathers import FreshResult, Gather, PartialInfo, Result
 from .jobs import Job
 
-__all__ = ["add_result", "gather", "gather_row", "item", "job", "job_row", "plain", "ref", "result_row"]
+__all__ = ["ResultRow", "add_result", "gather", "gather_row", "item", "job", "job_row", "plain", "ref", "result_row"]
 
 #: A gather's row names its sites, so it may be long; what came over the wire was bounded there.
 _MAX_ROW_BYTES = 256 * 1024 * 1024
@@ -101,7 +101,11 @@ def gather(id_: GatherId, data: bytes, now: float) -> Gather:
     return Gather(id_, **row)
 
 
-def result_row(fresh: FreshResult) -> tuple[Any, ...]:
+#: Gather, index, the item packed, inline bytes, a partial's reference packed.
+ResultRow = tuple[GatherId, int, bytes, bytes | None, bytes | None]
+
+
+def result_row(fresh: FreshResult) -> ResultRow:
     """A result with its metadata and inline bytes; of a partial, the first has the partial's inline bytes."""
     return fresh.gather, fresh.index, pack(encode_fields(fresh.item)), fresh.inline, _packed_ref(fresh.partial)
 

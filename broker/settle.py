@@ -120,13 +120,13 @@ def _settle_one(
 def _accept(ledger: Ledger, gather: Gather, task: Task, item: DoneItem, result: Result, data: bytes | None) -> None:
     index = len(gather.results)
     gather.results.append(result)
-    item = replace(item, site=task.site, index=index)
+    item = item.numbered(task.site, index)
     ledger.fresh.append(FreshResult(gather.id, index, item, data))
     key = (gather.job, task.site)
     state = ledger.site_state(*key)
     # a redo starts from an old version: what it writes is current only if nothing was settled behind the original
     spec = gather.spec
-    first = task_id(spec.job, spec.round, spec.step, spec.name, task.site)
+    first = task_id(spec.job, spec.round, spec.step, spec.name, task.site) if spec.redo else task.id
     moves = bool(item.state) and (not spec.redo or state.last in ("", first))
     last = state.last if spec.redo and not moves else first
     attempt = f"{task.id}.{item.attempt}"

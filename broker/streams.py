@@ -1,7 +1,8 @@
 """What each job process is told of its gathers: Receipts, and results in the order of their numbers.
 
 Nothing is queued here. A subscription is a few numbers (how far this session was told), and the messages are read off
-the ledger and the journal when the session has room, so that a slow job process costs no memory and nothing is dropped.
+the ledger and the journal (which has its last rows in memory) when the session has room, so that a slow job process
+costs no memory and nothing is dropped.
 """
 
 from __future__ import annotations

@@ -32,8 +32,9 @@ __all__ = ["TaskDesk"]
 
 _MAX_CANCELS = 256
 _SLICE = 256
+#: References that fit into one message, each of up to 100 bytes.
+_MAX_REFS = 256
 #: What one item takes in a message: keys and numbers, a task id, and text of at most four bytes a character.
-_REF_BYTES = 100
 _ITEM_BYTES = 200
 _TOLD_ENDED = 64
 #: A round's record holds a result's metrics deeper than its Done does, inside of a commit.
@@ -139,6 +140,8 @@ class TaskDesk:
 
     def _unfit(self, meta: dict[str, Any]) -> str:
         """Why no message to the job, and no record of its round, can hold a result's metadata; "" where they can."""
+        if not meta:
+            return ""
         most = self._state.settings.max_result_meta_bytes
         if len(pack(meta)) > most:  # what comes in must fit into the message that goes on, with its number
             self._state.bounds.reached("max_result_meta_bytes")
@@ -164,8 +167,8 @@ class TaskDesk:
         return task is None or task.ended or task.owner == session.node
 
     def _stored(self, session: Session, stored: list[TaskRef], refused: list[Refusal]) -> None:
-        for tasks in batches(stored, lambda _: _REF_BYTES):
-            self._state.reply(session, Stored(tasks=tasks))
+        for start in range(0, len(stored), _MAX_REFS):
+            self._state.reply(session, Stored(tasks=tuple(stored[start : start + _MAX_REFS])))
         for refusals in batches(refused, weigh):
             self._state.reply(session, Stored(refused=refusals))
 
@@ -189,6 +192,8 @@ class TaskDesk:
             messages = 0
             while messages < session.timing.outbox_messages // 4 and (tasks := ledger.assign(node, _SLICE, now)):
                 messages += self._give(session, tasks)
+                if not owner.ready:
+                    break
             self.more = self.more or bool(owner.ready and owner.room > 0)
 
     def _give(self, session: Session, tasks: list[Task]) -> int:
@@ -229,6 +234,8 @@ class TaskDesk:
 
     def _cancel(self) -> None:
         ledger = self._state.ledger
+        if not ledger.cancels:
+            return
         groups: defaultdict[tuple[str, JobId], list[TaskRef]] = defaultdict(list)
         for node, job, ref in ledger.cancels:
             groups[node, job].append(ref)

@@ -106,7 +106,7 @@ class Collection:
     def _source(self, result: Result) -> Path | bytes | None:
         if result.payload is None:
             return result.inline or None
-        return self._fed.local_path(result.payload) or self._fed.fetch(result.payload)
+        return self._fed.payloads.local_path(result.payload) or self._fed.fetch(result.payload)
 
     def refuse(self, result: Result, error: FedloomError) -> None:
         """Leave a result out, and list it as its site's failure."""

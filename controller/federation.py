@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +12,6 @@ import structlog
 
 from ..broker.link import Link, fault_error
 from ..serialization import spans
-from ..serialization.digest import digest_buffers
 from ..serialization.envelope import Buffer
 from ..serialization.errors import FaultError, GatherError, JobError, LinkError
 from ..serialization.faultpoints import fault_point
@@ -34,17 +32,17 @@ from ..serialization.messages import (
     JobId,
     Message,
     OpenGather,
-    PayloadId,
     PayloadRef,
     Receipt,
     Site,
     Welcome,
 )
 from ..serialization.model import FLModel
-from ..serialization.payload import decode_model, encode_model
+from ..serialization.payload import decode_model
 from .filters import ServerFilters
 from .gather import Gather, Result
 from .inbox import Inbox
+from .payloads import Payloads
 from .questions import Questions, Spool
 
 log = structlog.get_logger(__name__)
@@ -92,9 +90,7 @@ class Federation:
         self._gathers: list[Gather] = []
         #: called where a wait for the broker's next word becomes long, less and less often
         self.on_quiet: Callable[[], None] | None = None
-        #: payloads that the broker keeps at least until the next commit, so that none is sent twice
-        self._kept: dict[PayloadId, PayloadRef] = {}
-        self._keep(claimed.commit)
+        self.payloads = Payloads(link, claimed, GIVE_UP_S)
 
     def enter(self, workflow: int) -> bool:
         """Go on with the job's workflow of this number; False where a later one has committed: this one is over."""
@@ -160,45 +156,20 @@ class Federation:
 
     def mapped(self, ref: PayloadRef) -> FLModel | None:
         """A stored model as a mapping of its file, which is no memory of this process's own; None if it is remote."""
-        path = self.local_path(ref)
+        path = self.payloads.local_path(ref)
         return None if path is None else decode_model(path, framework="numpy")
 
     def put_model(self, model: FLModel) -> PayloadRef:
         """Store a model at the broker, addressed by its content; what is there already is hashed, not sent."""
-        began = spans.start()
-        encoded = encode_model(model)
-        digest = digest_buffers(encoded.buffers)
-        spans.end("encode", began)
-        return self._put(PayloadRef(PayloadId(f"b3-{digest}"), encoded.size, digest), encoded.buffers)
+        ref = self.payloads.model(model)
+        self.payloads.settle()
+        return ref
 
     def put_blob(self, data: bytes) -> PayloadRef:
         """Store bytes at the broker, addressed by their content."""
-        digest = digest_buffers([data])
-        return self._put(PayloadRef(PayloadId(f"b3-{digest}"), len(data), digest, "blob"), [data])
-
-    def _put(self, ref: PayloadRef, buffers: Sequence[Buffer]) -> PayloadRef:
-        if ref.id not in self._kept:
-            began = spans.start()
-            self._kept[ref.id] = self.link.put(ref, buffers, job=self.job, claim=self.claim)
-            spans.end("put", began)
-        return self._kept[ref.id]
-
-    def _keep(self, commit: CommitRef | None) -> None:
-        """After a commit the broker lets go of all that it does not name."""
-        refs = (commit.model, commit.state, commit.best) if commit else ()
-        self._kept = {ref.id: ref for ref in refs if ref is not None}
-
-    def put_partial(self, buffers: Sequence[Buffer], size: int) -> PayloadRef:
-        """Store an aggregate: a checkpoint."""
-        ref = PayloadRef(PayloadId(f"p-{secrets.token_hex(16)}"), size, digest_buffers(buffers))
-        return self.link.put(ref, buffers, job=self.job, claim=self.claim)
-
-    def local_path(self, ref: PayloadRef) -> Path | None:
-        """Where a payload can be mapped, if this process is co-located with the broker's spool."""
-        if self.link.local is None:
-            return None
-        path = self.link.local.payload_path(ref.id)
-        return path if path.is_file() else None
+        ref = self.payloads.blob(data)
+        self.payloads.settle()
+        return ref
 
     def fetch(self, ref: PayloadRef) -> Path | bytes:
         """A payload: a path that can be mapped, or its bytes."""
@@ -218,8 +189,7 @@ class Federation:
         """A site's result as what other sites get: its payload as it lies in the spool, until this round's commit."""
         if result.payload is not None:
             return result.payload
-        digest = digest_buffers([result.inline])
-        return self._put(PayloadRef(PayloadId(f"b3-{digest}"), len(result.inline), digest), [result.inline])
+        return self.payloads.put([result.inline])
 
     # ------------------------------------------------------------ sites
 
@@ -263,7 +233,7 @@ class Federation:
         sites: Sequence[str] = (),
         sample: int = 0,
         rule: CloseRule | None = None,
-        fold: PayloadRef | None = None,
+        fold: bytes | PayloadRef | None = None,
         partials: bool = False,
         config: dict[str, Any] | None = None,
     ) -> Gather:
@@ -277,7 +247,7 @@ class Federation:
             sites: who takes part; empty: the job's sites, or every connected one.
             sample: draw so many of them, from (job seed, round, step); 0: all.
             rule: when it closes.
-            fold: the fold plan's payload, with which pools may fold before they send (``partials``).
+            fold: the fold plan's bytes or payload, with which pools may fold before they send (``partials``).
             config: plain data for the task.
 
         Raises:
@@ -295,8 +265,8 @@ class Federation:
             step=step,
             name=name,
             rule=rule or CloseRule(),
-            payload=self.put_model(sent) if isinstance(sent, FLModel) else sent,
-            fold=fold,
+            payload=self.payloads.model(sent) if isinstance(sent, FLModel) else sent,
+            fold=self.payloads.blob(fold) if isinstance(fold, bytes) else fold,
             config=(config or {}) | ({"first_round": self.first_round} if self.first_round else {}),
             partials=partials and not self.filters.on_results(name),
             sample=sample,
@@ -344,9 +314,10 @@ class Federation:
         Raises:
             FencedError: another controller has the job.
         """
-        best_ref = self.put_model(best) if isinstance(best, FLModel) else best
-        state_ref = None if state is None else self.put_model(state)
-        model_ref = self.put_model(model) if isinstance(model, FLModel) else model
+        put = self.payloads.model
+        best_ref = put(best) if isinstance(best, FLModel) else best
+        state_ref = None if state is None else put(state)
+        model_ref = put(model) if isinstance(model, FLModel) else model
         self._commit(round, model_ref, state_ref, best_ref, record or {})
         return model_ref
 
@@ -357,7 +328,7 @@ class Federation:
             FencedError: another controller has the job.
         """
         model_ref = self.commit_ref.model if self.commit_ref else None
-        self._commit(round, model_ref, None if state is None else self.put_model(state), None, record)
+        self._commit(round, model_ref, None if state is None else self.payloads.model(state), None, record)
 
     def _commit(
         self,
@@ -385,12 +356,16 @@ class Federation:
         )
         fault_point("job.before_commit")
         began = spans.start()
-        self._request(commit)
+        asked = self.link.ask(commit)  # behind what it names: the broker takes one after another
+        try:
+            self.payloads.settle()
+        finally:
+            self.link.answer(asked, GIVE_UP_S)
         spans.end("commit", began, round=number)
         spans.flush()
         kept_best = best or (self.commit_ref.best if self.commit_ref else None)
         self.commit_ref = CommitRef(number, model, state, kept_best, record, self.workflow, self.first_round)
-        self._keep(self.commit_ref)
+        self.payloads.keep(self.commit_ref)
         log.info("round_committed", job=self.job, round=number)
 
     def event(self, kind: str, text: str = "", *, site: str = "", **data: Any) -> None:

@@ -40,6 +40,8 @@ CHECKPOINT_BYTES = 1 << 30
 _MODELS_A_CHECKPOINT = 4
 #: A round's results may take this part of the spool, so that a few jobs beside each other do not fill it.
 _QUOTA_SHARE = 8
+#: The spool is not asked for its room as long as a round's results take less: in a small round every question shows.
+_ALWAYS_ROOM = 64 * 1024
 _MAX_REFOLDS = 4
 _SHOWN = 8
 
@@ -77,12 +79,8 @@ class Folding:
         self._since_checkpoint = 0
         self._exact = aggregate.plan.exact  # float sums have no checkpoints, and take a result whole
         self._room = RoomWatch()
-        model_bytes = gather.opening.payload.size if gather.opening.payload else 0
-        spool = fed.spool()
-        share = spool.quota_bytes // _QUOTA_SHARE or CHECKPOINT_BYTES
-        self._checkpoint_bytes = checkpoint_bytes or max(share, _MODELS_A_CHECKPOINT * model_bytes)
-        if spool.quota_bytes:  # before the last of the room is taken: what comes next would have to wait
-            self._checkpoint_bytes = min(self._checkpoint_bytes, max(0, spool.room_bytes - model_bytes))
+        self._wanted_bytes = checkpoint_bytes
+        self._limit_bytes = 0  # of results between checkpoints, once it is known
 
     def run(self) -> Aggregate:
         """Fold the gather's results as they arrive; the aggregate can be finished when this returns.
@@ -210,7 +208,7 @@ class Folding:
         if ref is None:
             fold.add(result.inline or None, site=result.site, meta=result.meta)
             return
-        local = self._fed.local_path(ref) if self._exact else self._fed.fetch(ref)
+        local = self._fed.payloads.local_path(ref) if self._exact else self._fed.fetch(ref)
         if local is not None:
             fold.add(local, site=result.site, meta=result.meta)
             return
@@ -247,14 +245,27 @@ class Folding:
         """The aggregate as a payload, when much has come since the last; then what it holds may go from the spool."""
         if self._collected is not None or not self._exact:
             return  # a checkpoint stands for the first results by their numbers, and these come in another order
-        if self._since_checkpoint > self._checkpoint_bytes and not self._bad:  # a replay must find the bad ones again
+        if self._bad or self._since_checkpoint <= min(self._wanted_bytes or _ALWAYS_ROOM, _ALWAYS_ROOM):
+            return  # a replay must find the bad ones again
+        if self._since_checkpoint > (self._limit_bytes or self._find_limit()):
             self._checkpoint()
+
+    def _find_limit(self) -> int:
+        opened = self._gather.opening.payload
+        model_bytes = opened.size if opened else 0
+        spool = self._fed.spool()
+        share = spool.quota_bytes // _QUOTA_SHARE or CHECKPOINT_BYTES
+        limit = self._wanted_bytes or max(share, _MODELS_A_CHECKPOINT * model_bytes)
+        if spool.quota_bytes:  # before the last of the room is taken: what comes next would have to wait
+            limit = min(limit, spool.room_bytes + self._since_checkpoint - model_bytes)
+        self._limit_bytes = max(1, limit)
+        return self._limit_bytes
 
     def _checkpoint(self) -> None:
         began = spans.start()
         covered = self._results[-1].start + len(self._results[-1].items)
         buffers, size = self.aggregate.to_partial()
-        ref = self._fed.put_partial(buffers, size)
+        ref = self._fed.payloads.partial(buffers, size)
         fault_point("job.before_checkpoint")
         self._fed.checkpoint(self._gather, ref, covered)
         spans.end("checkpoint", began, round=self._gather.opening.round)

@@ -269,8 +269,10 @@ class Agent:
             return
         match message:
             case Assign():
-                with desk.answering(*(Run(Work(message, tail), item) for item in message.items)):
-                    self._assign(message, tail)
+                work = Work(message, tail)
+                runs = [Run(work, item) for item in message.items]
+                with desk.answering(*runs):
+                    self._assign(work, runs)
             case Stored():
                 collector.delivery.stored(message)
             case Cancel():
@@ -288,14 +290,14 @@ class Agent:
             case _:
                 log.debug("message_ignored", kind=type(message).__name__)
 
-    def _assign(self, message: Assign, tail: bytes) -> None:
+    def _assign(self, work: Work, runs: list[Run]) -> None:
         desk, worker, collector = self._parts
+        message = work.assign
         accepted: list[TaskRef] = []
         declined: list[TaskRef] = []
         fresh: list[Run] = []
-        work = Work(message, tail)
-        for item in message.items:
-            run = Run(work, item)
+        for run in runs:
+            item = run.item
             if item.site not in self._sites or message.job in desk.ended_jobs:
                 declined.append(run.ref)
                 continue

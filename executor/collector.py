@@ -82,53 +82,49 @@ class Collector:
             run.stage = "storing"
             self._send_single(result, run.incoming)
 
-    def folded(self, run: Run, message: Map, worker: str) -> None:
+    def folded(self, run: Run, run_s: float, wrote_state: bool, meta: Map, worker: str, now: float) -> None:
         """A task's result, which its worker has folded and keeps until it is asked for it."""
-        now = time.monotonic()
         if run.key not in self._desk.runs:
             self._shares.spoil(worker, run.gather, now)
             return
-        result = self._result(run, message)  # also of an attempt that is wanted no more: it is in the sums
+        # also of an attempt that is wanted no more: it is in the sums
+        result = self._described(run, None, b"", meta, wrote_state, run_s)
         self._desk.leave_slot(run)
         run.stage = "folding"
         self._shares.add(worker, run.gather, result, now)
         self._hold_news(run.key, now)
 
     def _result(self, run: Run, message: Map) -> Result:
-        spec = run.spec
-        assert spec is not None
+        assert run.spec is not None
         told: Any = message.get("data")
-        data: bytes | None = told if isinstance(told, bytes) else None
-        size, digest = int(message["size"]), str(message.get("digest", ""))
-        version = version_name(*run.key) if message.get("wrote_state") else ""
-        payload = (
-            None
-            if data is not None or message.get("folded")
-            else PayloadRef(PayloadId(f"r-{run.item.task}.{run.item.attempt}"), size, digest)
+        source: bytes | Path = told if isinstance(told, bytes) else Path(run.spec.result_path)
+        ref = PayloadRef(
+            PayloadId(f"r-{run.item.task}.{run.item.attempt}"), int(message["size"]), str(message.get("digest", ""))
         )
+        run_s = float(message.get("run_s", 0.0))
+        return self._described(run, ref, source, message.get("meta") or {}, bool(message.get("wrote_state")), run_s)
+
+    def _described(
+        self, run: Run, ref: PayloadRef | None, source: bytes | Path, meta: Map, wrote_state: bool, run_s: float
+    ) -> Result:
+        version = version_name(*run.key) if wrote_state else ""
+        inline = isinstance(source, bytes)
         item = DoneItem(
             task=run.item.task,
             attempt=run.item.attempt,
             site=run.item.site,
-            payload=payload,
-            inline_bytes=0 if data is None else len(data),
-            meta=message.get("meta") or {},
+            payload=None if inline else ref,
+            inline_bytes=len(source) if inline else 0,
+            meta=meta,
             state=version,
             restarted=run.restarted,
-            run_s=float(message.get("run_s", 0.0)),
+            run_s=run_s,
         )
         self._states[run.key] = (run.item.site, run.job, version, run.item.state)
         if came := spans.start():
             self._since[run.key] = (came, run.item.site)
-        return Result(
-            run.job,
-            run.work.assign.gather,
-            item,
-            Path(spec.result_path) if data is None else data,
-            size,
-            digest,
-            run.item.state,
-        )
+        size, digest = (ref.size, ref.digest) if ref is not None else (0, "")
+        return Result(run.job, run.work.assign.gather, item, source, size, digest, run.item.state)
 
     def _send_single(self, result: Result, incoming: str = "") -> None:
         data, path = (result.source, "") if isinstance(result.source, bytes) else (None, str(result.source))
@@ -291,7 +287,7 @@ class Collector:
         source: list[Buffer] | Path,
         incoming: str = "",
     ) -> None:
-        items = [replace(result.item, payload=None, inline_bytes=0) for result in results]
+        items = [_bare(result.item) for result in results]
         self.delivery.add_partial(gather[0], gather[1], items, ref, source, incoming)
         log.debug("partial_made", job=gather[0], tasks=len(items), bytes=ref.size)
         for item in items:
@@ -313,7 +309,7 @@ class Collector:
         the Assign. One that was settled before is the named one, or older and replaced.
         """
         states = self._desk.states
-        needed: dict[str, set[str]] = {site: set() for site in sites if states.has_any(site, job)}
+        needed: dict[str, set[str]] = {site: set() for site in states.with_any(sites, job)}
         if not needed:
             return
         for site, of_job, written, base in self._states.values():
@@ -349,3 +345,8 @@ class Collector:
     def _unlink(result: Result) -> None:
         if isinstance(result.source, Path):
             result.source.unlink(missing_ok=True)
+
+
+def _bare(item: DoneItem) -> DoneItem:
+    """As it is told of with others: the payload is theirs together."""
+    return replace(item, payload=None, inline_bytes=0) if item.payload is not None or item.inline_bytes else item

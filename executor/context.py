@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,16 +43,16 @@ class TaskContext:
     config: dict[str, Any] = field(default_factory=dict[str, Any])
     state: SiteState = field(default_factory=lambda: SiteState(None))
     report: Report = field(default=_no_report, repr=False)
-    _cancel: threading.Event = field(default_factory=threading.Event, repr=False)
+    _cancelled: bool = field(default=False, repr=False)
 
     @property
     def cancelled(self) -> bool:
         """True once nobody waits for this result any more: a long function may look and return early."""
-        return self._cancel.is_set()
+        return self._cancelled
 
     def cancel(self) -> None:
         """Called by the executor."""
-        self._cancel.set()
+        self._cancelled = True
 
     def log(self, key: str, value: Any, step: int | None = None, data_type: str = "SCALAR") -> None:
         """Keep a value of this site with the job; see `fedloom.client.log`.

@@ -40,6 +40,11 @@ _OVER = ("closed", "late", "stale")
 _UPLOAD_S = 24 * 3600.0
 #: Of the 64 KiB that Done's body may have.
 _BODY_BYTES = 56 * 1024
+#: Of an item's msgpack what is no text and no meta: its map, the keys that are always there, and three numbers.
+_BARE_BYTES = 48
+_TEXT_BYTES = 10
+_FLAG_BYTES = 11
+_META_KEY_BYTES = 5
 _MAX_ITEMS = 512
 
 
@@ -148,7 +153,7 @@ class Delivery:
         """Several attempts' results as one partial, in memory or a file: they are done again if this process dies."""
         small = ref.size <= INLINE_TOTAL_BYTES
         partial = self._partials[ref.id] = _Partial(job, gather, fit_items(items), ref, source, incoming, small)
-        self._partial_of |= dict.fromkeys(partial.keys, partial)
+        self._partial_of.update(dict.fromkeys(partial.keys, partial))
 
     def drop(self, key: Key) -> None:
         """This attempt's result is not wanted any more."""
@@ -177,6 +182,8 @@ class Delivery:
         refused = {(r.task, r.attempt): r for r in message.refused}
         for ref in message.tasks:
             self._leave((ref.task, ref.attempt))
+        if message.tasks:
+            log.debug("results_stored", tasks=[ref.task for ref in message.tasks])
         for key, refusal in refused.items():
             log.info("result_refused", task=key[0], attempt=key[1], code=refusal.code, reason=refusal.reason)
             self._leave(key)
@@ -308,13 +315,19 @@ def _batches(singles: Sequence[_Single]) -> list[list[_Single]]:
 
 def fit_items(items: Sequence[DoneItem]) -> tuple[DoneItem, ...]:
     """The items of a partial in one body: what does not fit loses its meta, whose sums the partial carries anyway."""
-    size = 0
+    metas = [len(pack(item.meta)) + _META_KEY_BYTES if item.meta else 0 for item in items]
+    left = _BODY_BYTES - sum(map(_bare_bytes, items))
+    if left >= sum(metas):
+        return tuple(items)
     out: list[DoneItem] = []
-    bare = [len(pack(encode_fields(replace(item, meta={})))) for item in items]
-    left = _BODY_BYTES - sum(bare)
-    for item, smallest in zip(items, bare, strict=True):
-        size = len(pack(encode_fields(item))) - smallest
+    for item, size in zip(items, metas, strict=True):
         keep = size <= left
         left -= size if keep else 0
         out.append(item if keep else replace(item, meta={}))
     return tuple(out)
+
+
+def _bare_bytes(item: DoneItem) -> int:
+    """The most bytes that an item of a partial has without its meta: reckoned, since to encode each would cost more."""
+    texts = len(item.task) + len(item.site.encode()) + (len(item.state) + _TEXT_BYTES if item.state else 0)
+    return _BARE_BYTES + texts + (_FLAG_BYTES if item.restarted else 0)

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from .channel import Channel, Map
 from .client_context import tail_text
 from .context import Report, TaskContext, TaskFunction, call_function, user_traceback
 from .gpushare import limit_gpu_memory
-from .hostio import end_group, enter, flush_output, write_to
+from .hostio import end_group, enter, flush_output
 from .points import PointSender
 from .replies import Replies
 from .runs import Key, mark_of
 from .seeding import seed_all
-from .taskio import TaskResult, TaskSpec, encode_result, input_model, save_state, write_result
+from .siteoutput import SiteOutput
+from .taskio import TaskResult, TaskSpec, encode_result, input_model, plain_result, save_state, write_result
 from .workerfolds import WorkerFolds
 
 
@@ -86,6 +87,7 @@ class _Worker:
     """
 
     def __init__(self, channel: Channel, mark: str) -> None:
+        self._place = mark
         self._mark = os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._channel = channel
         self._inbox: queue.SimpleQueue[Map] = queue.SimpleQueue()
@@ -141,22 +143,28 @@ class _Worker:
 
     def work(self, function: TaskFunction) -> None:
         """Work until told to stop."""
-        while True:
-            self._replies.flush()
-            self._channel.send({"op": "waiting"})
-            message = self._inbox.get()
-            match message["op"]:
-                case "stop":
-                    return
-                case "tasks":
-                    first = TaskSpec.from_map(message["first"])
-                    for own in message["own"]:
-                        self._one(function, replace(first, **own))
-                    self._unwanted.clear()
-                case _:
-                    pass
+        output = SiteOutput(self._place)
+        try:
+            while True:
+                self._replies.flush()
+                output.rest()
+                self._channel.send({"op": "waiting"})
+                message = self._inbox.get()
+                match message["op"]:
+                    case "stop":
+                        return
+                    case "tasks":
+                        first = TaskSpec.from_map(message["first"])
+                        shared = {field.name: getattr(first, field.name) for field in fields(first)}
+                        for own in message["own"]:
+                            self._one(function, TaskSpec(**(shared | own)), output)
+                        self._unwanted.clear()
+                    case _:
+                        pass
+        finally:
+            output.close()
 
-    def _one(self, function: TaskFunction, spec: TaskSpec) -> None:
+    def _one(self, function: TaskFunction, spec: TaskSpec, output: SiteOutput) -> None:
         key = (spec.task, spec.attempt)
         os.pwrite(self._mark, mark_of(key), 0)
         if key in self._unwanted:
@@ -165,14 +173,14 @@ class _Worker:
         began = spans.start()
         if spec.cwd:
             _go_to(spec.cwd)
-        if spec.log_path:
-            write_to(spec.log_path)
+        output.begin(spec.log_path)
         with self._lock:
             self._key = key
         seed_all(spec.seed, spec.threads)
         limit_gpu_memory()
         spans.end("enter", began, site=spec.site, task=spec.task)
         answer = run_task(function, spec, self._say, self._begun, self._folds if spec.fold else None)
+        output.end()
         self._points.flush()  # what was logged for a result is there before it
         with self._lock:
             self._running = None
@@ -253,10 +261,16 @@ def folded(returned: object, spec: TaskSpec, context: TaskContext, folds: Worker
     Raises:
         FedloomError: it is no result, or does not fit the model.
     """
+    key = (spec.task, spec.attempt)
+    if (plainly := plain_result(returned, spec)) is not None:
+        tensors, plain = plainly
+        wrote_state = save_state(context.state, spec)  # first: what is in a partial does not come out of it again
+        if folds.add_tensors(spec.fold, key, tensors, spec.site, plain):
+            return TaskResult(0, "", plain, None, "", wrote_state, folded=True)
     encoded = encode_result(returned, spec)
-    wrote_state = save_state(context.state, spec)  # first: what is in a partial does not come out of it again
+    wrote_state = save_state(context.state, spec)
     try:
-        folds.add(spec.fold, (spec.task, spec.attempt), encoded, spec.site, encoded.meta)
+        folds.add(spec.fold, key, encoded, spec.site, encoded.meta)
     except MixedError:
         return None  # good by itself: which of a round's results does not go with the others depends on who came first
     except (FoldError, LayoutError, PayloadError) as error:

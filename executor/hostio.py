@@ -32,17 +32,6 @@ def flush_output() -> None:
             stream.flush()
 
 
-def write_to(log_path: str) -> None:
-    """Let this process's output go to that file."""
-    flush_output()
-    handle = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-    finally:
-        os.close(handle)
-
-
 def end_group() -> NoReturn:
     """Kill this process and whatever it started."""
     if os.getpgrp() == os.getpid():

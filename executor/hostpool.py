@@ -17,6 +17,7 @@ import structlog
 from .channel import ChannelServer, Map
 from .hosts import HostProcess, HostRequest, Spawner, describe_exit, log_size
 from .runs import MAX_PLANS, Run, mark_of
+from .siteoutput import salvage
 from .taskio import TaskSpec
 
 log = structlog.get_logger(__name__)
@@ -167,19 +168,15 @@ class HostPool:
             return
         assert run.spec is not None
         host.state = "busy"
-        self._begins(run)
+        run.started_at = time.monotonic()
         if host.plan.lane:
+            run.log_start = log_size(run.log_path)
             message: Map = {"op": "task", "task": run.spec.to_map()}
         else:
             self._tell_plan(host, connection, run)
             message = together([other.spec for other in (run, *host.behind) if other.spec is not None])
         if not self._channel.send(connection, message):
             log.warning("host_unreachable", host=host.id)  # its end is on its way
-
-    @staticmethod
-    def _begins(run: Run) -> None:
-        run.started_at = time.monotonic()
-        run.log_start = log_size(run.log_path)
 
     def _tell_plan(self, host: Host, connection: int, run: Run) -> None:
         gather = run.spec.fold if run.spec is not None else ""
@@ -283,14 +280,14 @@ class HostPool:
         else:
             self._events.on_idle(host)
 
-    def answered(self, host: Host) -> None:
+    def answered(self, host: Host, now: float | None = None) -> None:
         """Its task is over, with a result or without."""
         if host.run is not None:
             host.last_round = host.run.work.assign.round
         host.sent += 1
         host.run = host.behind.popleft() if host.behind else None
         if host.run is not None:
-            self._begins(host.run)
+            host.run.started_at = now or time.monotonic()
             return
         host.state = "settling"
         if host.plan.once:
@@ -349,6 +346,7 @@ class HostPool:
         run = next((run for run in waiting if mark_of(run.key) == found), None)
         if run is not None:
             run.started_at = run.started_at or time.monotonic()
+        salvage(str(mark), run.log_path if run is not None else host.plan.request.log_path)
         return run or first
 
     def how_it_ended(self, host: Host) -> tuple[str, bool]:
@@ -390,8 +388,10 @@ class HostPool:
 def together(specs: Sequence[TaskSpec]) -> Map:
     """Tasks for one worker as one message: the first, and what is different of each."""
     first = specs[0]
+    shared = [(name, getattr(first, name)) for name in _FIELDS]
     own = [
-        {name: value for name in _FIELDS if (value := getattr(spec, name)) != getattr(first, name)} for spec in specs
+        {name: value for name, theirs in shared if (value := getattr(spec, name)) is not theirs and value != theirs}
+        for spec in specs
     ]
     return {"op": "tasks", "first": first.to_map(), "own": own}
 

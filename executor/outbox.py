@@ -79,7 +79,11 @@ class Outbox:
 
     def payload_path(self, task: str, attempt: int) -> Path:
         """Where a result's payload is written before `add`."""
-        return self._folder / f"{task}.{attempt}.payload"
+        return Path(self.payload_place(task, attempt))
+
+    def payload_place(self, task: str, attempt: int) -> str:
+        """`payload_path` as text: of thousands hardly one is written."""
+        return f"{self._folder}/{task}.{attempt}.payload"
 
     def partial_path(self, name: str) -> Path:
         """Where a partial is written; it goes when the executor starts anew, since its tasks are then done again."""

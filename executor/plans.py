@@ -27,7 +27,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS
 
 
 def task_spec(
-    run: Run, jobs: JobFolders, state_path: Path | None, state_out: Path, result_path: Path, digest: bool
+    run: Run, jobs: JobFolders, state_path: Path | None, state_out: str, result_path: str, digest: bool
 ) -> TaskSpec:
     """An attempt as its host is told of it.
 
@@ -56,12 +56,12 @@ def task_spec(
         config=assign.config,
         seed=task_seed(assign.seed, assign.round, assign.step, item.site),
         threads=job.spec.threads_per_task if job is not None else 1,
-        result_path=str(result_path),
+        result_path=result_path,
         digest=digest,
         state_path=str(state_path) if state_path is not None else "",
-        state_out=str(state_out),
-        log_path=str(jobs.log_path(assign.job, item.site)) if serves_any else "",
-        cwd=str(jobs.site_place(assign.job, item.site)) if serves_any else "",  # made by who works there
+        state_out=state_out,
+        log_path=jobs.log_path(assign.job, item.site) if serves_any else "",
+        cwd=jobs.site_place(assign.job, item.site) if serves_any else "",  # made by who works there
         settings=_settings(run, jobs) if job is not None else {},
         filters=_filters(run, jobs) if job is not None else {},
         fold=assign.gather if work.in_workers and serves_any else "",
@@ -72,7 +72,8 @@ def _settings(run: Run, jobs: JobFolders) -> dict[str, Any]:
     """What the job's config holds for its own code at this site."""
     job, site = run.work.job, run.item.site
     assert job is not None
-    found = job.spec.client_app_of(site).config_of(site)
+    app = job.spec.client_app_of(site)
+    found = app.config_of(site) if app.extra else {}
     return substitute(found, run_variables(run.job, site, jobs), "the client's config") if found else {}
 
 
@@ -84,6 +85,9 @@ def _filters(run: Run, jobs: JobFolders) -> dict[str, Any]:
     """
     job, item, name = run.work.job, run.item, run.work.assign.name
     assert job is not None
+    app = job.spec.client_app_of(item.site)
+    if not app.input_filters and not app.output_filters:
+        return {}
     points: tuple[Point, ...] = ("client_input", "client_output")
     found = {point: job.spec.filters_for(point, name, item.site) for point in points}
     if run.work.function is not None:

@@ -1,11 +1,17 @@
-"""A worker's answers on their way to its agent: those of quick tasks go together."""
+"""A worker's answers on their way to its agent: those of quick tasks go together.
+
+Of results that the worker has folded many are told of in one message, ``results``: for each its task, its attempt, its
+seconds, whether it wrote a state, and its plain side as msgpack.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import time
+from typing import Any
 
+from ..serialization.codec import pack
 from ..serialization.errors import LinkError
 from .channel import Channel, Map, pack_frame
 
@@ -13,6 +19,8 @@ from .channel import Channel, Map, pack_frame
 _WAIT_S = 0.02
 #: And for so many bytes of them.
 _MAX_BYTES = 128 * 1024
+#: Of one in a message of many, beside its plain side.
+_ITEM_BYTES = 160
 
 
 class Replies:
@@ -22,6 +30,8 @@ class Replies:
         self._channel = channel
         self._lock = threading.Lock()
         self._waiting = bytearray()
+        self._folded: list[list[Any]] = []
+        self._folded_bytes = 0
         self._sent_at = 0.0
         self._some = threading.Event()
         threading.Thread(target=self._hurry, name="fedloom-answers", daemon=True).start()
@@ -32,12 +42,20 @@ class Replies:
         Raises:
             LinkError: the agent is gone. CodecError: the answer is too large or not plain.
         """
-        frame = pack_frame(answer)
+        folded = bool(answer.get("folded"))
+        frame = pack(answer["meta"]) if folded else pack_frame(answer)
         with self._lock:
-            self._waiting += frame
-            if urgent or len(self._waiting) > _MAX_BYTES or time.monotonic() - self._sent_at > _WAIT_S:
-                self._send()
+            if folded:
+                told = [answer["task"], answer["attempt"], answer["run_s"], answer["wrote_state"], frame]
+                self._folded.append(told)
+                self._folded_bytes += len(frame) + _ITEM_BYTES
             else:
+                self._close_folded()
+                self._waiting += frame
+            waiting = len(self._waiting) + self._folded_bytes
+            if urgent or waiting > _MAX_BYTES or time.monotonic() - self._sent_at > _WAIT_S:
+                self._send()
+            elif not self._some.is_set():
                 self._some.set()
 
     def flush(self) -> None:
@@ -49,7 +67,14 @@ class Replies:
         with self._lock:
             self._send()
 
+    def _close_folded(self) -> None:
+        """What was folded is told of before whatever comes behind it."""
+        if self._folded:
+            self._waiting += pack_frame({"op": "results", "items": self._folded})
+            self._folded, self._folded_bytes = [], 0
+
     def _send(self) -> None:
+        self._close_folded()
         waiting, self._waiting = self._waiting, bytearray()
         self._sent_at = time.monotonic()
         self._some.clear()

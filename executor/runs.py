@@ -65,11 +65,12 @@ class Run:
     log_start: int = 0
     came_at: float = field(default_factory=spans.start)  # these two: where a profile is taken
     slot_at: float = 0.0
+    key: Key = field(init=False)  # the attempt
+    lane: str = field(init=False)  # what must not overlap: a job's tasks at one site
 
-    @property
-    def key(self) -> Key:
-        """The attempt."""
-        return (self.item.task, self.item.attempt)
+    def __post_init__(self) -> None:
+        self.key = (self.item.task, self.item.attempt)
+        self.lane = f"{self.work.assign.job}/{self.item.site}"
 
     @property
     def settings(self) -> Settings | None:
@@ -90,11 +91,6 @@ class Run:
     def gather(self) -> tuple[str, str]:
         """What may be folded together."""
         return (self.work.assign.job, self.work.assign.gather)
-
-    @property
-    def lane(self) -> str:
-        """What must not overlap: a job's tasks at one site."""
-        return f"{self.work.assign.job}/{self.item.site}"
 
 
 def mark_of(key: Key) -> bytes:

@@ -39,7 +39,7 @@ class _Log:
 
     job: str
     site: str
-    path: Path
+    path: str
     read: int  # sent up to here
     left: int  # bytes that may still be sent
     next_at: float
@@ -71,14 +71,15 @@ class SiteLogs:
     def __len__(self) -> int:
         return len(self._logs)
 
-    def watch(self, job: str, site: str, path: str, now: float) -> None:
-        """This log may grow from now on; what stands in it already was another life's."""
+    def watch(self, job: str, site: str, path: str, now: float, size: int | None = None) -> None:
+        """This log may grow from now on; what stands in it already (``size`` bytes) was another life's."""
         known = self._logs.get((job, site))
         if known is not None:
             known.closed = False
             known.quiet, known.next_at = 0, min(known.next_at, now + _LOOK_S * (1 + known.pieces / _SLOWER))
             return
-        self._logs[job, site] = _Log(job, site, Path(path), log_size(path), self._log_bytes, now + _LOOK_S)
+        size = log_size(path) if size is None else size
+        self._logs[job, site] = _Log(job, site, path, size, self._log_bytes, now + _LOOK_S)
 
     def watched(self) -> list[tuple[str, str]]:
         """(job, site) of each."""
@@ -117,12 +118,12 @@ class SiteLogs:
             del self._logs[key]
 
     def _is_done(self, entry: _Log) -> bool:
-        return self._tell is None or entry.silent or entry.read >= _size(entry.path)
+        return self._tell is None or entry.silent or entry.read >= log_size(entry.path)
 
     def _send(self, entry: _Log, now: float) -> None:
         if self._tell is None or entry.silent:
             return
-        size = _size(entry.path)
+        size = log_size(entry.path)
         if size < entry.read:  # moved aside, and begun anew
             entry.read = 0
         entry.quiet = 0 if size > entry.read else entry.quiet + 1
@@ -149,7 +150,7 @@ class SiteLogs:
     def _piece(self, entry: _Log, size: int) -> bytes:
         """The next whole lines; part of a line only where it is longer than a piece, or will not be finished."""
         try:
-            with entry.path.open("rb") as file:
+            with Path(entry.path).open("rb") as file:
                 file.seek(entry.read)
                 data = file.read(PIECE_BYTES)
         except OSError:
@@ -166,23 +167,17 @@ class SiteLogs:
 
     def _keep_small(self, entry: _Log) -> None:
         """Move a log aside that is written to: its end is copied and it is cut, since its writers hold it open."""
-        size = _size(entry.path)
+        size = log_size(entry.path)
         if size <= self._max_bytes:
             return
-        old = entry.path.with_name(entry.path.name + ".1")
+        path = Path(entry.path)
+        old = path.with_name(path.name + ".1")
         try:
-            with entry.path.open("r+b") as file, old.open("wb") as copy:
+            with path.open("r+b") as file, old.open("wb") as copy:
                 file.seek(max(0, size - self._max_bytes))
                 shutil.copyfileobj(file, copy, 1024 * 1024)
                 os.ftruncate(file.fileno(), 0)
         except OSError as error:
-            log.warning("log_not_moved", path=str(entry.path), error=str(error))
+            log.warning("log_not_moved", path=entry.path, error=str(error))
             return
-        log.info("log_moved", path=str(entry.path), to=old.name)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+        log.info("log_moved", path=entry.path, to=old.name)

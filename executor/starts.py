@@ -13,6 +13,7 @@ from ..serialization.errors import FedloomError
 from ..serialization.messages import Event
 from .desk import Desk
 from .hostpool import HostPlan, HostPool
+from .hosts import log_size
 from .pace import Pace
 from .plans import host_plan, task_spec
 from .runs import Key, Run
@@ -76,10 +77,10 @@ class Starts:
         run.started_at = 0.0
         state_path = self._state_path(run)
         incoming = ""
-        result_path = self._desk.outbox.payload_path(*run.key)
+        result_path = self._desk.outbox.payload_place(*run.key)
         if link.local is not None and not run.work.prefolds:
             incoming = f"x-{run.item.task}.{run.item.attempt}.{secrets.token_hex(4)}"
-            result_path = link.local.incoming_path(incoming)
+            result_path = str(link.local.incoming_path(incoming))
         run.incoming = incoming
         run.spec = task_spec(run, self._desk.jobs, state_path, self._state_out(run), result_path, self._desk.digest)
 
@@ -137,7 +138,8 @@ class Starts:
     def _watch_log(self, run: Run, plan: HostPlan) -> None:
         assert run.spec is not None
         run.log_path = run.spec.log_path or plan.request.log_path
-        self._logs.watch(run.job, run.item.site, run.log_path, time.monotonic())
+        run.log_start = log_size(run.log_path)
+        self._logs.watch(run.job, run.item.site, run.log_path, time.monotonic(), run.log_start)
 
     def _state_path(self, run: Run) -> Path | None:
         item = run.item
@@ -153,5 +155,5 @@ class Starts:
         self._desk.link.send(Event(run.work.assign.job, "state_lost", item.site, data, text))
         return None
 
-    def _state_out(self, run: Run) -> Path:
-        return self._desk.states.path(run.item.site, run.job, version_name(run.item.task, run.item.attempt))
+    def _state_out(self, run: Run) -> str:
+        return self._desk.states.place(run.item.site, run.job, version_name(run.item.task, run.item.attempt))

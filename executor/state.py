@@ -19,7 +19,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, cast
@@ -206,13 +206,21 @@ class StateStore:
         Raises:
             PayloadError: a version that is not a file name.
         """
+        return Path(self.place(site, job, version))
+
+    def place(self, site: str, job: str, version: str) -> str:
+        """`path` as text: of thousands hardly one is written. Raises as `path`."""
         if not version or "/" in version or version.startswith("."):
             raise PayloadError(f"site-state version {version!r}; '<task>.<attempt>' belongs here")
-        return self.folder(site, job) / version
+        return f"{self._root}/{site}/state/{job}/{version}"
 
     def has_any(self, site: str, job: str) -> bool:
         """Whether this site has a folder of versions for this job."""
         return self.folder(site, job).is_dir()
+
+    def with_any(self, sites: Iterable[str], job: str) -> list[str]:
+        """Those of these sites that have one."""
+        return [site for site in sites if self.has_any(site, job)] if self._root.is_dir() else []
 
     def keep_only(self, site: str, job: str, versions: AbstractSet[str]) -> None:
         """Remove all others, and what is left of writes that were cut short."""

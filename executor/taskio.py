@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,16 +15,19 @@ import numpy as np
 
 from ..serialization import spans
 from ..serialization.codec import decode_fields, encode_fields, pack
-from ..serialization.errors import LayoutError, PayloadError, ValuesError
+from ..serialization.elements import all_finite
+from ..serialization.errors import FedloomError, LayoutError, PayloadError, ValuesError
 from ..serialization.messages import INLINE_BYTES
 from ..serialization.model import FLModel, ParamsType, flatten
-from ..serialization.payload import EncodedModel, decode_model, diff, encode_model
+from ..serialization.payload import EncodedModel, ModelReader, decode_model, diff, encode_model
+from ..serialization.plain import plain_side
+from ..serialization.tensors import raw_bytes, spec_of
 from .filtering import filter_input, filter_output, received_params
 from .state import SiteState
 
 Framework = Literal["numpy", "pytorch"]
 
-_SCAN_ITEMS = 256 * 1024
+_SCAN_ITEMS = 32 * 1024
 #: Of a result's metrics and meta, which ride in a message's body of 64 KiB.
 MAX_META_BYTES = 32 * 1024
 
@@ -101,7 +105,8 @@ def input_model(spec: TaskSpec) -> FLModel:
 
 def _decoded(spec: TaskSpec, framework: Framework) -> FLModel:
     if spec.payload_bytes is not None:
-        model = decode_model(bytearray(spec.payload_bytes), framework=framework)
+        data = np.frombuffer(bytearray(spec.payload_bytes), np.uint8)  # the task's own, to be written
+        model = _reader_of(spec.payload_bytes).read(data, framework)
     elif spec.payload_path:
         model = decode_model(Path(spec.payload_path), framework=framework)
     else:
@@ -111,6 +116,11 @@ def _decoded(spec: TaskSpec, framework: Framework) -> FLModel:
     extra = spec.config.get("meta")
     model.meta = dict(model.meta or {}) | (cast("dict[str, Any]", extra) if isinstance(extra, dict) else {})
     return model
+
+
+@lru_cache(maxsize=4)  # that of a round's tasks, which all start from the same, and those of jobs beside it
+def _reader_of(data: bytes) -> ModelReader:
+    return ModelReader(np.frombuffer(data, np.uint8))
 
 
 def _framework(name: str) -> Framework:
@@ -181,6 +191,27 @@ def encode_result(result: object, spec: TaskSpec) -> EncodedModel:
         )
     spans.end("encode", began, site=spec.site, task=spec.task)
     return encoded
+
+
+def plain_result(result: object, spec: TaskSpec) -> tuple[dict[Any, Any], dict[str, Any]] | None:
+    """The tensors, flat, and the plain side of a result that is to be folded as it is; the tensors are not looked at.
+
+    None where `encode_result` has to see to it: anything that is filtered, narrowed, subtracted, asked for in another
+    form, or wrong.
+    """
+    if not isinstance(result, FLModel) or type(result.params) is not dict or result.optimizer_params is not None:
+        return None
+    diff_wanted = spec.transfer_type == "DIFF" and result.params_type is not ParamsType.DIFF
+    if diff_wanted or spec.codec or "answer" in spec.config or spec.filters.get("client_output"):
+        return None
+    try:
+        plain = plain_side(result)
+        rounds = {"current_round": spec.round, "total_rounds": spec.total_rounds}
+        own = {name: plain.pop(name, value) for name, value in rounds.items()}
+        plain |= {name: value for name, value in own.items() if value is not None}
+        return (cast("dict[Any, Any]", result.params), plain) if len(pack(plain)) <= MAX_META_BYTES else None
+    except (FedloomError, ValueError, TypeError):
+        return None
 
 
 def write_result(result: object, spec: TaskSpec, state: SiteState | None = None) -> TaskResult:
@@ -275,16 +306,22 @@ def _difference(model: FLModel, spec: TaskSpec) -> FLModel:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether a tensor holds neither NaN nor Inf, in blocks that stay in the cache."""
+    """Whether a tensor holds neither NaN nor Inf."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         if not value.is_floating_point() or not value.numel():
             return True
         tensor = value.detach()
-        wide = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)  # torch has no isfinite for fp8
-        return bool(torch.isfinite(wide).all())
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():  # looked at where and as it lies
+            wide = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)  # torch has no isfinite for fp8
+            return bool(torch.isfinite(wide).all())
+        return _bytes_are_finite(tensor)
     array = np.asarray(value)
     if array.dtype.kind in "biu":
         return True
     flat = array.reshape(-1)
-    return all(bool(np.isfinite(flat[start : start + _SCAN_ITEMS]).all()) for start in range(0, flat.size, _SCAN_ITEMS))
+    return bool(np.isfinite(flat).all()) if flat.size <= _SCAN_ITEMS else _bytes_are_finite(flat)
+
+
+def _bytes_are_finite(value: Any) -> bool:
+    return all_finite(np.frombuffer(raw_bytes(value), np.uint8), spec_of(value)[0])

@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from ..serialization.codec import check_plain
+from ..serialization.codec import check_plain, unpack
 from ..serialization.errors import FedloomError
 from ..serialization.messages import Event, JobId, Progress, Site
 from .channel import ChannelServer, Map
@@ -159,6 +159,9 @@ class Worker:
         if message["op"] == "partial":
             self._collector.handed_over(host.id, host.plan.job, message)
             return
+        if message["op"] == "results":
+            self._folded(host, message["items"])
+            return
         if host.run is None:
             if message["op"] == "event":
                 self._desk.event(host.plan.job, host.plan.lane.partition("/")[2], message)
@@ -261,17 +264,34 @@ class Worker:
             host.told = message["op"] == "failed"
             hosts.answered(host)
         if message["op"] == "result":
-            self._starts.took(run, float(message.get("run_s", 0.0)))
-            self._desk.slots.took(run.lane, float(message.get("run_s", 0.0)))
-        if message.get("folded") and host is not None:
-            self._collector.folded(run, message, host.id)
-        elif run.key not in self._desk.runs or run.cancelled:
+            self._took(run, float(message.get("run_s", 0.0)))
+        if run.key not in self._desk.runs or run.cancelled:
             self._thrown_away(run)
         elif message["op"] == "failed":
             self._desk.fail(run, str(message.get("code", "exception")), str(message.get("text", "")))
         else:
             with self._desk.answering(run):
                 self._collector.finished(run, message)
+
+    def _took(self, run: Run, seconds: float) -> None:
+        self._starts.took(run, seconds)
+        self._desk.slots.took(run.lane, seconds)
+
+    def _folded(self, host: Host, items: Sequence[Any]) -> None:
+        """Tasks of a worker that has folded their results, see `replies`."""
+        now, jobs = time.monotonic(), set[str]()
+        for task, attempt, run_s, wrote_state, plain in items:
+            run = host.run
+            if run is None or run.key != (task, attempt):
+                continue
+            jobs.add(run.job)
+            host.told = False
+            self.hosts.answered(host, now)
+            self._took(run, float(run_s))
+            with self._desk.answering(run):
+                self._collector.folded(run, float(run_s), bool(wrote_state), unpack(plain), host.id, now)
+        for job in jobs:
+            self._desk.points.hurry(job)
 
     def abandon(self, run: Run) -> None:
         """The broker wants this attempt no more. Scripts go on to their next `send`, which is thrown away: they have

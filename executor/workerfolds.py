@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,16 +66,27 @@ class WorkerFolds:
         Raises:
             FoldError, LayoutError, PayloadError: as `Fold.add`; it is not in then.
         """
+        self._add(gather, key, site, lambda fold: fold.add(result, site=site, meta=meta))
+
+    def add_tensors(
+        self, gather: str, key: Key, tensors: Mapping[Any, Any], site: str, meta: Mapping[str, Any]
+    ) -> bool:
+        """Add a result out of its tensors; False, and it is not in, where `Fold.add_tensors` does not take them."""
+        return self._add(gather, key, site, lambda fold: fold.add_tensors(tensors, site=site, meta=meta))
+
+    def _add(self, gather: str, key: Key, site: str, add: Callable[[Fold], bool | None]) -> bool:
         began = spans.start()
         with self._lock:
             entry = self._open.get(gather)
             if entry is None:
                 entry = _Open(Fold(FoldPlan.from_bytes(self._plans[gather])))
-            entry.fold.add(result, site=site, meta=meta)
+            if add(entry.fold) is False:
+                return False
             entry.keys.append(key)
             entry.untold = True
             self._open[gather] = entry
         spans.end("fold", began, site=site, task=key[0])
+        return True
 
     def told(self, gather: str) -> None:
         """The answer for the result that was added last is on its way."""

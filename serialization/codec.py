@@ -12,9 +12,9 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import msgpack
@@ -30,6 +30,12 @@ Plain = None | bool | int | float | str | bytes | list["Plain"] | dict[str, "Pla
 MAX_TEXT = 64 * 1024
 MAX_ITEMS = 16 * 1024
 MAX_DEPTH = 16
+
+#: Of these types a value is plain data as it is.
+_ATOMS = frozenset({type(None), bool, int, str, bytes})
+#: Packers that nobody uses just now: making one, with its buffer of 256 KiB, costs more than packing a message.
+_PACKERS: list[Any] = []
+_KEPT_BYTES = 256 * 1024
 
 
 class Limit:
@@ -57,9 +63,16 @@ def pack(value: object) -> bytes:
         CodecError: a type, an integer over 64 bits or a text that msgpack cannot hold.
     """
     try:
-        return msgpack.packb(value, use_bin_type=True)  # pyright: ignore
+        packer = _PACKERS.pop()
+    except IndexError:
+        packer = typing.cast("Any", msgpack.Packer(use_bin_type=True))  # pyright: ignore
+    try:
+        packed: bytes = packer.pack(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise CodecError(f"data that msgpack cannot hold: {error}") from None
+    if len(packed) <= _KEPT_BYTES:  # it has grown behind a larger one
+        _PACKERS.append(packer)
+    return packed
 
 
 def unpack(data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_TEXT) -> Any:
@@ -92,13 +105,10 @@ def unpack(data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_TEXT) -
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    out: dict[Any, Any] = {}
-    for key, value in pairs:
-        if not isinstance(key, str):
-            raise CodecError(f"map key {show(key)}; only text is allowed")
-        if key in out:
-            raise CodecError(f"map key {show(key)} twice")
-        out[key] = value
+    out = dict(pairs)  # that the keys are text is for `check_plain`
+    if len(out) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise CodecError(f"map key {show(next(key for key in keys if keys.count(key) > 1))} twice")
     return out
 
 
@@ -118,24 +128,36 @@ def check_plain(value: Any, depth: int = 0) -> None:
     Raises:
         CodecError: nesting over 16, NaN or Inf, or a type that is not plain data.
     """
+    if type(value) not in _ATOMS:
+        _check_nested(value, depth)
+    elif depth > MAX_DEPTH:
+        raise CodecError(f"data nested more than {MAX_DEPTH} deep")
+
+
+def _check_nested(value: Any, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise CodecError(f"data nested more than {MAX_DEPTH} deep")
-    match value:
-        case None | bool() | int() | str() | bytes():
-            pass
-        case float():
-            if not math.isfinite(value):
-                raise CodecError(f"{value} in a message; numbers must be finite")
-        case list() | tuple():
-            for item in typing.cast("list[Any]", value):
-                check_plain(item, depth + 1)
-        case dict():
-            for key, item in typing.cast("dict[Any, Any]", value).items():
-                if not isinstance(key, str):
-                    raise CodecError(f"map key {show(key)}; only text is allowed")
-                check_plain(item, depth + 1)
-        case _:
-            raise CodecError(f"{type(value).__name__} in a message; allowed are numbers, text, bytes, lists and maps")
+    if isinstance(value, dict):
+        pairs = typing.cast("dict[Any, Any]", value)
+        for key in pairs:
+            if not isinstance(key, str):
+                raise CodecError(f"map key {show(key)}; only text is allowed")
+        _check_items(pairs.values(), depth)
+    elif isinstance(value, (list, tuple)):
+        _check_items(typing.cast("list[Any]", value), depth)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise CodecError(f"{value} in a message; numbers must be finite")
+    elif not isinstance(value, (int, str, bytes)):
+        raise CodecError(f"{type(value).__name__} in a message; allowed are numbers, text, bytes, lists and maps")
+
+
+def _check_items(items: Collection[Any], depth: int) -> None:
+    if items and depth >= MAX_DEPTH:
+        raise CodecError(f"data nested more than {MAX_DEPTH} deep")
+    for item in items:
+        if type(item) not in _ATOMS:
+            _check_nested(item, depth + 1)
 
 
 def encode_fields(message: Any) -> dict[str, Any]:
@@ -145,22 +167,27 @@ def encode_fields(message: Any) -> dict[str, Any]:
         CodecError: a map of the user's that holds what a message must not, or a number that is not finite.
     """
     out: dict[str, Any] = {}
-    for field in fields(message):
-        value = getattr(message, field.name)
-        if (field.default is not MISSING and value == field.default) or (field.default_factory is dict and not value):
+    for name, default, is_map in _outline(message.__class__):
+        value = getattr(message, name)
+        if value is default or (not value if is_map else value == default):
             continue
-        out[field.name] = _plain(value)
+        out[name] = value if type(value) in _ATOMS else _plain(value)
     return out
 
 
+@cache
+def _outline(cls: type[Any]) -> list[tuple[str, Any, bool]]:
+    """Of each field its name, its default (or MISSING), and whether an empty map is its default."""
+    return [(field.name, field.default, field.default_factory is dict) for field in fields(cls)]
+
+
 def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return encode_fields(value)
     if isinstance(value, tuple):
-        return [_plain(item) for item in typing.cast("tuple[Any, ...]", value)]
+        return [_plain(item) for item in typing.cast("list[Any]", value)]
     if isinstance(value, (dict, float)):
         check_plain(value)
-    return typing.cast("Any", value)
+        return typing.cast("Any", value)
+    return encode_fields(value) if is_dataclass(value) else value
 
 
 def decode_fields(cls: type[T], data: Any, where: str = "") -> T:
@@ -169,19 +196,42 @@ def decode_fields(cls: type[T], data: Any, where: str = "") -> T:
     Raises:
         CodecError: not a map, a required key missing, a value of the wrong type or out of its bounds.
     """
-    where = where or cls.__name__
-    if not isinstance(data, Mapping):
-        raise CodecError(f"{where}: {type(data).__name__} where a map belongs")
+    try:
+        return _decode(cls, data)
+    except _Misfit as misfit:
+        raise CodecError(f"{where or cls.__name__}{misfit.path}: {misfit.text}") from None
+
+
+class _Misfit(Exception):
+    """A value that does not fit its field; the path to it is put together on the way out."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+        self.path = ""
+
+
+def _decode(cls: type[T], data: Any) -> T:
+    if type(data) is not dict and not isinstance(data, Mapping):
+        raise _Misfit(f"{type(data).__name__} where a map belongs")
+    given = typing.cast("Mapping[str, Any]", data)
     values: dict[str, Any] = {}
-    for name, required, parse in _schema(cls):
-        if name in data:
-            values[name] = parse(data[name], f"{where}.{name}")
-        elif required:
-            raise CodecError(f"{where}: key {name!r} is missing")
-    return cls(**values)
+    name = ""
+    try:
+        for name, required, parse in _schema(cls):
+            if name in given:
+                values[name] = parse(given[name])
+            elif required:
+                break
+        else:
+            return cls(**values)
+    except _Misfit as misfit:
+        misfit.path = f".{name}{misfit.path}"
+        raise
+    raise _Misfit(f"key {name!r} is missing")
 
 
-Parser = Callable[[Any, str], Any]
+Parser = Callable[[Any], Any]
 
 
 @cache
@@ -205,7 +255,7 @@ def _parser(hint: Any, limit: Limit | None = None) -> Parser:
         inner = [a for a in typing.get_args(hint) if a is not type(None)]
         assert len(inner) == 1, f"only `T | None` unions are parsed: {hint}"
         parse = _parser(inner[0], limit)
-        return lambda value, where: None if value is None else parse(value, where)
+        return lambda value: None if value is None else parse(value)
     if origin is tuple:
         return _tuple_parser(_parser(typing.get_args(hint)[0]), limit)
     if origin is dict:
@@ -213,65 +263,79 @@ def _parser(hint: Any, limit: Limit | None = None) -> Parser:
     if origin is typing.Literal:
         return _literal_parser(typing.get_args(hint))
     if is_dataclass(hint):
-        cls = typing.cast("type[Any]", hint)
-        return lambda value, where: decode_fields(cls, value, where)
+        return partial(_decode, typing.cast("type[object]", hint))
     if hint is Any:
-        return lambda value, where: value
-    return _scalar_parser(hint, limit)
+        return lambda value: value
+    return _text_parser(hint, limit) if hint in (str, bytes) else _number_parser(hint, limit)
 
 
 def _tuple_parser(item: Parser, limit: Limit | None) -> Parser:
     most = MAX_ITEMS if limit is None or limit.max_len is None else limit.max_len
 
-    def parse(value: Any, where: str) -> tuple[Any, ...]:
+    def parse(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
-            raise CodecError(f"{where}: {type(value).__name__} where a list belongs")
+            raise _Misfit(f"{type(value).__name__} where a list belongs")
         items = typing.cast("list[Any]", value)
         if len(items) > most:
-            raise CodecError(f"{where}: {len(items)} items; at most {most}")
-        return tuple(item(v, where) for v in items)
+            raise _Misfit(f"{len(items)} items; at most {most}")
+        return tuple([item(v) for v in items])
 
     return parse
 
 
 def _dict_parser(item: Parser) -> Parser:
-    def parse(value: Any, where: str) -> dict[str, Any]:
+    def parse(value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise CodecError(f"{where}: {type(value).__name__} where a map belongs")
-        pairs = typing.cast("dict[str, Any]", value)
-        return {key: item(v, f"{where}.{key}") for key, v in pairs.items()}
+            raise _Misfit(f"{type(value).__name__} where a map belongs")
+        out: dict[str, Any] = {}
+        for key, v in typing.cast("dict[str, Any]", value).items():
+            try:
+                out[key] = item(v)
+            except _Misfit as misfit:
+                misfit.path = f".{key}{misfit.path}"
+                raise
+        return out
 
     return parse
 
 
 def _literal_parser(allowed: tuple[Any, ...]) -> Parser:
-    def parse(value: Any, where: str) -> Any:
+    def parse(value: Any) -> Any:
         if value not in allowed:
-            raise CodecError(f"{where}: {show(value)}; one of {', '.join(map(repr, allowed))} belongs here")
+            raise _Misfit(f"{show(value)}; one of {', '.join(map(repr, allowed))} belongs here")
         return value
 
     return parse
 
 
-def _scalar_parser(hint: Any, limit: Limit | None) -> Parser:
+def _text_parser(hint: Any, limit: Limit | None) -> Parser:
     most = MAX_TEXT if limit is None or limit.max_len is None else limit.max_len
-    low = limit.low if limit else None
-    high = limit.high if limit else None
     pattern = limit.pattern if limit else None
 
-    def parse(value: Any, where: str) -> Any:
+    def parse(value: Any) -> Any:
+        if type(value) is not hint:
+            raise _Misfit(f"{type(value).__name__} where {hint.__name__} belongs")
+        if len(value) > most:
+            raise _Misfit(f"{len(value)} long; at most {most}")
+        if pattern is not None and not pattern.fullmatch(value):
+            raise _Misfit(f"{show(value)} is not of the form {pattern.pattern}")
+        return value
+
+    return parse
+
+
+def _number_parser(hint: Any, limit: Limit | None) -> Parser:
+    low = limit.low if limit else None
+    high = limit.high if limit else None
+
+    def parse(value: Any) -> Any:
         # bool is an int to Python and must not pass for one; an int may stand for a float
-        if hint is float and type(value) is int:
+        if type(value) is not hint:
+            if hint is not float or type(value) is not int:
+                raise _Misfit(f"{type(value).__name__} where {hint.__name__} belongs")
             value = float(value)
-        elif type(value) is not hint:
-            raise CodecError(f"{where}: {type(value).__name__} where {hint.__name__} belongs")
-        if hint in (str, bytes):
-            if len(value) > most:
-                raise CodecError(f"{where}: {len(value)} long; at most {most}")
-            if pattern is not None and not pattern.fullmatch(value):
-                raise CodecError(f"{where}: {show(value)} is not of the form {pattern.pattern}")
-        elif (low is not None and value < low) or (high is not None and value > high):
-            raise CodecError(f"{where}: {value} is outside {low} to {high}")
+        if (low is not None and value < low) or (high is not None and value > high):
+            raise _Misfit(f"{value} is outside {low} to {high}")
         return value
 
     return parse

@@ -115,6 +115,16 @@ def digest_buffers(buffers: Iterable[Buffer]) -> str:
     return digester.hexdigest()
 
 
+def block_digest(data: Buffer) -> bytes:
+    """The digest of one block: of `BLOCK_BYTES`, fewer in the last. Hashes in the calling thread alone."""
+    return blake3(data).digest()
+
+
+def root_digest(blocks: Iterable[bytes]) -> str:
+    """The digest of a payload, 64 hex digits, out of those of its blocks in their order."""
+    return blake3(b"".join(blocks)).hexdigest()
+
+
 def digest_file(path: Path | str) -> str:
     """The digest of a file's bytes; reads a block at a time.
 

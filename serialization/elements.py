@@ -8,6 +8,7 @@ for it.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, Final, Protocol
 
@@ -34,6 +35,7 @@ _CODES: Final[dict[int, tuple[type[Any], type[Any], int]]] = {
     1: (np.int8, np.uint8, 0x7F),
     2: (np.int16, np.uint16, 0x7FFF),
     4: (np.int32, np.uint32, 0x7FFF_FFFF),
+    8: (np.int64, np.uint64, 0x7FFF_FFFF_FFFF_FFFF),
 }
 
 
@@ -168,6 +170,15 @@ def largest_magnitude(values: NDArray[Any]) -> float:
     """max|x| of float elements, at least one; NaN when any of them is NaN."""
     # two SIMD reductions without a temporary; both are NaN if any element is
     return max(float(np.maximum.reduce(values)), -float(np.minimum.reduce(values)))
+
+
+def all_finite(raw: Bytes, dtype: str) -> bool:
+    """Whether a float tensor's bytes hold neither NaN nor Inf, in runs that stay in the cache."""
+    if dtype not in _ORDERED and dtype != "F64":
+        return bool(np.isfinite(raw.view(DTYPES[dtype].numpy)).all())
+    step = RUN * DTYPES[dtype].itemsize
+    parts = (raw[first : first + step] for first in range(0, raw.size, step))
+    return all(math.isfinite(_largest_code(part, DTYPES[dtype].itemsize, DTYPES[dtype].numpy)) for part in parts)
 
 
 def scan(start: int, raw: Bytes, elements: Elements, scratch: Scratch) -> tuple[float, int]:

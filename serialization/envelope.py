@@ -12,10 +12,10 @@ and not in the sequence number. A Chunk's tail is left out: its body has a check
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .checksum import crc32 as crc32_of
 from .errors import EnvelopeError
 
 MAGIC = b"FDLM"
@@ -46,7 +46,7 @@ class Envelope:
 def pack_envelope(kind: int, sequence: int, body: Buffer, tail: Buffer = b"") -> bytes:
     """The envelope for a body of this kind and, but for a Chunk, its tail."""
     head = _HEAD.pack(MAGIC, MAJOR, kind, 0, sequence & 0xFFFFFFFF)
-    return head + _CRC.pack(zlib.crc32(head, zlib.crc32(tail, zlib.crc32(body))))
+    return head + _CRC.pack(crc32_of(head, crc32_of(tail, crc32_of(body))))
 
 
 def unpack_envelope(frame: Buffer, body: Buffer, tail: Buffer = b"") -> Envelope:
@@ -66,7 +66,7 @@ def unpack_envelope(frame: Buffer, body: Buffer, tail: Buffer = b"") -> Envelope
         raise EnvelopeError(f"protocol major {major}; this side speaks {MAJOR}: upgrade the older side")
     if flags:
         raise EnvelopeError(f"flags {flags:#06x}; all are reserved and must be 0")
-    if zlib.crc32(head, zlib.crc32(tail, zlib.crc32(body))) != crc32:
+    if crc32_of(head, crc32_of(tail, crc32_of(body))) != crc32:
         raise EnvelopeError("the message's checksum does not match: it was altered on the way")
     return Envelope(kind, sequence, crc32)
 

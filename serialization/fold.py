@@ -25,7 +25,7 @@ import structlog
 from numpy.typing import NDArray
 
 from .accumulator import Accumulator
-from .elements import Floats
+from .elements import Floats, Scratch
 from .envelope import Buffer
 from .errors import FoldError, PayloadError, ValuesError, WireError
 from .feeder import Feeder, Source, open_pieces
@@ -33,6 +33,8 @@ from .fixedpoint import FixedSums
 from .foldmodel import NewModel, build_model
 from .foldpartial import read_partial, write_partial
 from .foldplan import MAX_RESULTS, FoldPlan, Kind, Magnitudes
+from .foldtensors import add_pieces, pieces_of
+from .foldwrite import WrittenModel, write_model
 from .header import Header
 from .model import FLModel
 from .payload import DESCRIPTION
@@ -78,7 +80,8 @@ class Fold:
         self._kept: list[tuple[Source | None, str, Mapping[str, Any] | None]] | None = []
         self._lost = ""
         self._ignored: set[str] = set()
-        self._built: NewModel | None = None
+        self._scratch = Scratch()
+        self._built: NewModel | WrittenModel | None = None
 
     # --- results ---------------------------------------------------------------------------------------------------
 
@@ -128,6 +131,35 @@ class Fold:
         feeder.finish()
         if self._kept is not None:
             self._kept.append((source, site, meta))
+
+    def add_tensors(self, tensors: Mapping[Any, Any], *, site: str, meta: Mapping[str, Any]) -> bool:
+        """Add a result out of the memory in which it was made: the same bits as by `add` with its payload.
+
+        Args:
+            tensors: name to tensor, flat.
+            site: who made it.
+            meta: its plain side.
+
+        Returns:
+            False for all but numpy arrays in the model's own types and shapes, averaged each of them and good. Nothing
+            was added then: `add` takes them, or says what is wrong.
+        """
+        plan, sums = self.plan, self._sums
+        pieces = pieces_of(plan, self._places, sums.folded, tensors) if plan.exact and not plan.codec else []
+        if not pieces or self._tally.count >= MAX_RESULTS:
+            return False
+        try:
+            contribution = self._contribution(_NOTHING[0], site, meta)
+            if contribution.kind is None:
+                return False
+            self._tally.add(contribution)
+        except FoldError:
+            return False
+        sums.use(self._tally.kind or "FULL")
+        if not add_pieces(plan, sums, contribution, pieces, self._scratch):
+            self._tally.remove(contribution)
+            return False
+        return True
 
     def _start_over(self, results: list[tuple[Source | None, str, Mapping[str, Any] | None]]) -> None:
         self._kept = None
@@ -282,17 +314,26 @@ class Fold:
             LayoutError: a base that is not the plan's model.
             ValuesError: a value that the model's dtype cannot hold.
         """
-        self._whole()
-        if not self._tally.count:
-            raise FoldError("no results to make a model of")
-        if self._verdict()[1]:
-            raise FoldError(
-                "the plan's scales do not hold these results: fold them again with the plan that check() gives"
-            )
-        self._built = build_model(self.plan, self._sums, self._tally.kind, base, master or {})
-        model = self._built.model
+        self._check_good()
+        built = self._built = build_model(self.plan, self._sums, self._tally.kind, base, master or {})
+        model = built.model
         model.metrics = self.metrics or None
         return model
+
+    def write(
+        self, base: FLModel | Mapping[str, Any], fd: int, *, master: Mapping[str, Any] | None = None
+    ) -> WrittenModel:
+        """The new global model as a payload, in an empty file that is open for writing, without one in memory.
+
+        The payload is that of the model that `finish` gives, without metrics; all else is as after `finish`.
+
+        Raises:
+            FoldError, LayoutError, ValuesError: as `finish`; the file may hold a part of the payload then.
+            OSError: the disk refused.
+        """
+        self._check_good()
+        built = self._built = write_model(self.plan, self._sums, self._tally.kind, base, master or {}, fd)
+        return built
 
     def mean(self, name: str) -> Floats:
         """A float tensor's weighted mean before it is rounded to the model's type: float64, in the tensor's shape.
@@ -361,6 +402,15 @@ class Fold:
     def nbytes(self) -> int:
         """Memory of the float sums, in bytes."""
         return self._sums.nbytes
+
+    def _check_good(self) -> None:
+        self._whole()
+        if not self._tally.count:
+            raise FoldError("no results to make a model of")
+        if self._verdict()[1]:
+            raise FoldError(
+                "the plan's scales do not hold these results: fold them again with the plan that check() gives"
+            )
 
     def _verdict(self) -> tuple[Kind | None, dict[int, int]]:
         self._whole()

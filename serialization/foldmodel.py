@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -21,6 +21,9 @@ from .sums import Sums
 from .tensors import as_numpy, raw_bytes, spec_of
 
 Array = NDArray[Any]
+
+#: Writes elements of one tensor from a place on, in the calling thread's scratch; their max|x|.
+Fill = Callable[[Scratch, int, Array], float]
 
 #: Types that are not rounded from a float32 master, as they hold at least as much.
 _WIDE: Final = frozenset({"F32", "F64"})
@@ -54,34 +57,10 @@ def build_model(
         LayoutError: a base or a master that is not the plan's model.
         ValuesError: a value that a tensor's type cannot hold.
     """
-    given = base if isinstance(base, FLModel) else FLModel(params=dict(base))
-    flat, spec = flatten(given.params if given.params is not None else {})
-    _check_base(plan, flat, master)
-    builder = _Builder(sums, diff=kind == "DIFF")
-    arrays: dict[str, Array] = {}
-    largest: list[float] = []
-    for index, tensor in enumerate(plan.tensors):
-        name = tensor.name
-        if not sums.records[index].count:
-            arrays[name] = as_numpy(flat[name])
-            largest.append(plan.base_max[index])
-            if name in master:
-                builder.master[name] = as_numpy(master[name])
-        elif is_float(tensor.dtype):
-            arrays[name], found = builder.floats(index, tensor, flat[name], master.get(name))
-            largest.append(found)
-        else:
-            arrays[name] = builder.ints(index, tensor, flat[name])
-            largest.append(0.0)
-    params = unflatten({name: arrays[name] for name in flat}, spec)
-    model = FLModel(
-        params_type=ParamsType.FULL,
-        params=params,
-        start_round=given.start_round,
-        current_round=given.current_round,
-        total_rounds=given.total_rounds,
-    )
-    return NewModel(model, tuple(largest), builder.master)
+    rounding = Rounding(plan, sums, kind, base, master)
+    for index in rounding.fills:
+        rounding.make(index)
+    return NewModel(rounding.model(rounding.arrays), tuple(rounding.largest), rounding.master)
 
 
 def _check_base(plan: FoldPlan, flat: Mapping[str, Any], master: Mapping[str, Any]) -> None:
@@ -101,35 +80,102 @@ def _check_base(plan: FoldPlan, flat: Mapping[str, Any], master: Mapping[str, An
             raise LayoutError(f"the master of {tensor.name!r} is not F32{list(tensor.shape)}")
 
 
-class _Builder:
-    """Makes tensors block by block, in scratch that all of them share, and large ones in several threads."""
+class Rounding:
+    """How the sums become the new model's tensors: those that are no mean of floats at once, the others when asked.
 
-    def __init__(self, sums: Sums, *, diff: bool) -> None:
-        self.master: dict[str, Array] = {}
+    Attributes:
+        arrays: tensors by name, as far as they are made.
+        fills: by the tensor's index, what writes elements of a mean of floats; from several threads at a time.
+        largest: max|x| a tensor, of those that are made.
+        master: float32 values of the made tensors whose type is narrower.
+
+    Raises:
+        LayoutError, ValuesError: as `build_model`.
+    """
+
+    def __init__(
+        self,
+        plan: FoldPlan,
+        sums: Sums,
+        kind: Kind | None,
+        base: FLModel | Mapping[str, Any],
+        master: Mapping[str, Any],
+    ) -> None:
+        self._plan = plan
         self._sums = sums
-        self._diff = diff
+        self._diff = kind == "DIFF"
+        self._given = base if isinstance(base, FLModel) else FLModel(params=dict(base))
+        self.base, self._spec = flatten(self._given.params if self._given.params is not None else {})
+        _check_base(plan, self.base, master)
         self._scratches = [Scratch()]
+        self.arrays: dict[str, Array] = {}
+        self.fills: dict[int, Fill] = {}
+        self.largest = [0.0] * len(plan.tensors)
+        self.master: dict[str, Array] = {}
+        for index, tensor in enumerate(plan.tensors):
+            name = tensor.name
+            if not sums.records[index].count:
+                self.arrays[name] = as_numpy(self.base[name])
+                self.largest[index] = plan.base_max[index]
+                if name in master:
+                    self.master[name] = as_numpy(master[name])
+            elif is_float(tensor.dtype):
+                self.fills[index] = self._fill(index, tensor, self.base[name], master.get(name))
+            else:
+                self.arrays[name] = self.ints(index, tensor, self.base[name])
 
-    def floats(self, index: int, tensor: PlanTensor, base: Any, master: Any) -> tuple[Array, float]:
-        """A float tensor and its max|x|."""
-        wide = tensor.dtype in _WIDE
+    def model(self, arrays: Mapping[str, Array]) -> FLModel:
+        """The model with these tensors, in the base's order and nesting."""
+        given = self._given
+        return FLModel(
+            params_type=ParamsType.FULL,
+            params=unflatten({name: arrays[name] for name in self.base}, self._spec),
+            start_round=given.start_round,
+            current_round=given.current_round,
+            total_rounds=given.total_rounds,
+        )
+
+    def is_wide(self, index: int) -> bool:
+        """Whether a float tensor is written as it is, and not rounded from a float32 master."""
+        return self._plan.tensors[index].dtype in _WIDE
+
+    def make(self, index: int) -> None:
+        """Make a whole mean of floats.
+
+        Raises:
+            ValuesError: a value that its type cannot hold.
+        """
+        tensor, fill = self._plan.tensors[index], self.fills[index]
+        wide = self.is_wide(index)
         out: Array = np.empty(tensor.items, DTYPES[tensor.dtype].numpy if wide else np.float32)
+        threads = threads_for(out.nbytes)
+        self._scratches += [Scratch() for _ in range(threads - len(self._scratches))]
+
+        def part(worker: int, start: int) -> float:
+            return fill(self._scratches[worker], start, out[start : start + STRETCH])
+
+        self.largest[index] = max(each(range(0, tensor.items, STRETCH), part, threads), default=0.0)
+        shaped = out.reshape(tensor.shape)
+        self.arrays[tensor.name] = shaped if wide else shaped.astype(DTYPES[tensor.dtype].numpy)
+        if not wide:
+            self.master[tensor.name] = shaped
+
+    def _fill(self, index: int, tensor: PlanTensor, base: Any, master: Any) -> Fill:
         source, dtype = (base, tensor.dtype) if master is None else (master, "F32")
         raw = np.frombuffer(raw_bytes(source), np.uint8) if self._diff and tensor.items else None
         elements = elements_of(dtype)
         most = _largest_of(tensor.dtype)
+        self._sums.floats.sums.view(index)  # no block is unwritten: a fill may begin within one
 
-        def make(worker: int, start: int) -> float:
-            scratch = self._scratches[worker]
+        def fill(scratch: Scratch, start: int, out: Array) -> float:
             largest = 0.0
-            for first in range(start, min(start + STRETCH, tensor.items), BLOCK):
-                last = min(first + BLOCK, tensor.items)
-                block = scratch.doubles(last - first)
+            for first in range(start, start + out.size, BLOCK):
+                target = out[first - start : first - start + BLOCK]
+                block = scratch.doubles(target.size)
                 self._sums.mean(index, first, block, scratch)
                 if raw is not None:
-                    part = raw[first * elements.itemsize : last * elements.itemsize]
+                    part = raw[first * elements.itemsize : (first + target.size) * elements.itemsize]
                     np.add(block, elements.read(first, part, scratch), out=block)
-                target = out[first:last]
                 with np.errstate(over="ignore", invalid="ignore"):
                     np.copyto(target, block, casting="same_kind")
                 magnitude = largest_magnitude(block) if target.dtype == np.float64 else largest_single(target)
@@ -141,14 +187,7 @@ class _Builder:
                 largest = max(largest, magnitude)
             return largest
 
-        threads = threads_for(out.nbytes)
-        self._scratches += [Scratch() for _ in range(threads - len(self._scratches))]
-        largest = max(each(range(0, tensor.items, STRETCH), make, threads), default=0.0)
-        shaped = out.reshape(tensor.shape)
-        if wide:
-            return shaped, largest
-        self.master[tensor.name] = shaped
-        return shaped.astype(DTYPES[tensor.dtype].numpy), largest
+        return fill
 
     def ints(self, index: int, tensor: PlanTensor, base: Any) -> Array:
         """An integer tensor.

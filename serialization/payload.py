@@ -12,6 +12,7 @@ import mmap
 import platform
 import sys
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, cast
@@ -186,42 +187,56 @@ def decode_model(
         OSError: the file cannot be read.
     """
     data = _bytes_of(source, copy)
-    header = read_header(data.data, data.size)
-    plain, extra = describe(header)
-    as_torch = framework == "pytorch" or (
-        framework == "auto" and header.metadata.get(_FORMAT) == _TORCH_FORMAT and "torch" in sys.modules
-    )
-    if as_torch and not data.flags.writeable:
-        data = data.copy()
-    described = DESCRIPTION in header.metadata
-    body = data[header.data_start :]
-    params: dict[str, Any] = {}
-    optimizer: dict[str, Any] = {}
-    had = coded_tensors(header, extra.get("codec"), extra.get("coded"))
-    for tensor in header.tensors:
-        if had and tensor.name.startswith(SCALE_PREFIX):
-            continue
-        value = (
-            _widened(body, header, tensor, extra["codec"], had[tensor.name], as_torch)
-            if tensor.name in had
-            else _view(body, tensor, as_torch)
-        )
-        if described and tensor.name.startswith(OPTIMIZER_PREFIX):
-            optimizer[tensor.name[len(OPTIMIZER_PREFIX) :]] = value
-        else:
-            params[tensor.name] = value
-    if "optimizer" not in extra and optimizer:
-        raise LayoutError("the payload has tensors of optimizer_params and no description of them")
-    nested = unflatten(_reorder(params, extra.get("order")), extra.get("structure"))
-    if meta is not None:
-        plain = dict(meta)
-    if described and plain.get("params_type") is None and not params:
-        nested = None  # a model of metrics alone
-    return model_of(
-        plain,
-        nested,
-        unflatten(optimizer, extra["optimizer"]) if "optimizer" in extra else None,
-    )
+    return ModelReader(data).read(data, framework, meta)
+
+
+class ModelReader:
+    """A payload's description, looked at once, and the models that are made of its bytes, as `decode_model` makes them.
+
+    Raises:
+        HeaderError, PayloadError: as `decode_model`.
+    """
+
+    def __init__(self, data: Array) -> None:
+        """Of a whole payload's bytes, which are not kept."""
+        header = self._header = read_header(data.data, data.size)
+        self._plain, self._extra = describe(header)
+        self._had = coded_tensors(header, self._extra.get("codec"), self._extra.get("coded"))
+        self._described = DESCRIPTION in header.metadata
+        self._torch_made = header.metadata.get(_FORMAT) == _TORCH_FORMAT
+
+    def read(self, data: Array, framework: Framework, meta: Mapping[str, Any] | None = None) -> FLModel:
+        """A model whose tensors are views of these bytes, as far as `decode_model` says so; the rest is its own.
+
+        Raises:
+            PayloadError, LayoutError: as `decode_model`.
+        """
+        header, extra, had = self._header, self._extra, self._had
+        as_torch = framework == "pytorch" or (framework == "auto" and self._torch_made and "torch" in sys.modules)
+        if as_torch and not data.flags.writeable:
+            data = data.copy()
+        body = data[header.data_start :]
+        params: dict[str, Any] = {}
+        optimizer: dict[str, Any] = {}
+        for tensor in header.tensors:
+            if had and tensor.name.startswith(SCALE_PREFIX):
+                continue
+            value = (
+                _widened(body, header, tensor, extra["codec"], had[tensor.name], as_torch)
+                if tensor.name in had
+                else _view(body, tensor, as_torch)
+            )
+            if self._described and tensor.name.startswith(OPTIMIZER_PREFIX):
+                optimizer[tensor.name[len(OPTIMIZER_PREFIX) :]] = value
+            else:
+                params[tensor.name] = value
+        if "optimizer" not in extra and optimizer:
+            raise LayoutError("the payload has tensors of optimizer_params and no description of them")
+        nested = unflatten(_reorder(params, extra.get("order")), extra.get("structure"))
+        plain = dict(meta) if meta is not None else {key: deepcopy(value) for key, value in self._plain.items()}
+        if self._described and plain.get("params_type") is None and not params:
+            nested = None  # a model of metrics alone
+        return model_of(plain, nested, unflatten(optimizer, extra["optimizer"]) if "optimizer" in extra else None)
 
 
 def layout_of(header: Header) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -12,10 +12,10 @@ on the last chunk, and after a second of silence, which heals a lost grant.
 from __future__ import annotations
 
 import enum
-import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .checksum import crc32 as crc32_of
 from .envelope import Buffer
 
 #: A receiver that has heard nothing for so long repeats its grant.
@@ -240,7 +240,7 @@ class Receiver:
         if len(data) != stop - start:
             self.strikes += 1
             return Arrival(Outcome.CORRUPT, grant=True)
-        if zlib.crc32(data) != crc32:
+        if crc32_of(data) != crc32:
             self.corrupt += 1
             return Arrival(Outcome.CORRUPT, grant=True)
         self.corrupt = 0

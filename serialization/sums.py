@@ -18,7 +18,7 @@ from .elements import Bytes, Elements, Floats, Ints, Scratch, scan
 from .fixedpoint import FixedSums, exact_units, exponent_from_total, in_range, is_fine, is_over
 from .floatsums import FloatSums
 from .foldplan import FoldPlan, Kind
-from .intsum import WEIGHT_BITS, IntSum, weight_digits
+from .intsum import WEIGHT_BITS, Digits, IntSum, weight_digits
 from .tally import Contribution
 
 
@@ -158,7 +158,7 @@ class Addition:
         self._plan = plan
         self._sums = sums
         self._contribution = contribution
-        self._digits = weight_digits(contribution.units)
+        self._digits: Digits = ()
         self._subtract = subtract
         self._checked = checked  # a `Scan` has been over the values
         self._begun: set[int] = set()
@@ -173,6 +173,7 @@ class Addition:
             return floats.add(index, start, raw, weight, subtract=self._subtract, elements=elements, scratch=scratch)
         total = self._sums.int_sum(index)
         if index not in self._begun:
+            self._digits = self._digits or weight_digits(self._contribution.units)
             total.begin(self._digits)
             self._begun.add(index)
         values = raw.view(DTYPES[self._plan.tensors[index].dtype].numpy)

@@ -92,6 +92,8 @@ def read_contribution(plan: FoldPlan, site: str, plain: Mapping[str, Any]) -> Co
 
 def _weight(plan: FoldPlan, site: str, steps: Any) -> float:
     key = plan.weight_key
+    if type(steps) in (int, float) and MIN_WEIGHT <= steps <= MAX_WEIGHT and site not in plan.aggregation_weights:
+        return float(steps)  # as it comes out below, where exact fractions take longer than adding a small model
     if isinstance(steps, bool) or not isinstance(steps, numbers.Real):
         raise WeightError(f"{key} of {site} is {steps!r} ({type(steps).__name__}); a positive number belongs there")
     if not _is_finite(steps) or _fraction(steps) <= 0:

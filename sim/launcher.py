@@ -43,7 +43,7 @@ COMPLETED = "FINISHED:COMPLETED"
 WORK_DIR = ".sim"
 
 #: How long between two looks at the job: a share of how long it has run, so that a short run is not mostly waiting.
-_POLL_SHARE = 0.1
+_POLL_SHARE = 0.05
 _POLL_S = (0.01, 0.2)
 #: Events of the processes' logs that the run reports in its own words.
 _REPORTED = ("task_failed", "job_failed")

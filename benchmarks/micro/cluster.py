@@ -51,16 +51,20 @@ class Cluster:
         self.children.append(child)
         return child
 
-    def executor(self, sites: int = 1, *, capacity: int = 1, mib: int = 0, together: int = 0) -> None:
+    def executor(
+        self, sites: int = 1, *, capacity: int = 1, mib: int = 0, together: int = 0, remote: bool = False
+    ) -> None:
         """An embedded executor in a process of its own, for so many more sites.
 
         Args:
             mib: what a task returns; 0: the received model as it is.
             together: a result leaves when so many executors have theirs ready.
+            remote: nothing is handed over as a file, as if it were on another machine than the broker.
         """
         words = ["--broker", self.broker.endpoint, "--first", self.sites + 1, "--sites", sites, "--capacity", capacity]
         words += ["--mib", mib, "--together", together, "--folder", self.folder / f"executor-{self.sites}"]
-        self.python(str(HERE / "embedded.py"), *(str(word) for word in words))
+        env = {"FEDLOOM_NO_LOCAL": "1"} if remote else {}
+        self.python(str(HERE / "embedded.py"), *(str(word) for word in words), env=env)
         self.sites += sites
 
     def wait(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedloom.controller.aggregators import MeanAggregate, WeightedMean
+from fedloom.serialization.foldwrite import WrittenModel
 from fedloom.serialization.model import FLModel
 from workload import note
 
@@ -21,3 +22,7 @@ class _Timed(MeanAggregate):
     def finish(self) -> FLModel:
         note("folded", results=self.count)
         return super().finish()
+
+    def write(self, fd: int) -> WrittenModel:
+        note("folded", results=self.count)
+        return super().write(fd)

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ...serialization.envelope import Buffer
 from ...serialization.feeder import Feeder, Source
 from ...serialization.fold import Good, Rescale
 from ...serialization.foldplan import FoldPlan
+from ...serialization.foldwrite import WrittenModel
 from ...serialization.header import Header
 from ...serialization.model import FLModel
 
@@ -85,6 +86,15 @@ class Aggregate(Protocol):
     @property
     def count(self) -> int:
         """How many results are in."""
+        ...
+
+
+@runtime_checkable
+class WritesModel(Protocol):
+    """An aggregate that can write its model to a file in place of `Aggregate.finish`, which then need not hold it."""
+
+    def write(self, fd: int) -> WrittenModel:
+        """The new global model's payload, in an empty file that is open for writing. As `Fold.write`."""
         ...
 
 

@@ -15,6 +15,7 @@ from ...serialization.errors import FoldError
 from ...serialization.feeder import Feeder, Source
 from ...serialization.fold import Fold, Good, Rescale
 from ...serialization.foldplan import WEIGHT_KEY, FoldPlan
+from ...serialization.foldwrite import WrittenModel
 from ...serialization.header import Header
 from ...serialization.model import FLModel, flatten
 from ...serialization.narrowing import check_codec
@@ -152,10 +153,19 @@ class MeanAggregate:
     def finish(self) -> FLModel:
         """The new global model; see `Fold.finish`. The sums are there until the next round starts."""
         model = self._fold.finish(self._base, master=self._master)
+        self._finished()
+        return model
+
+    def write(self, fd: int) -> WrittenModel:
+        """The new global model as a payload in a file; see `Fold.write`. All else is as after `finish`."""
+        written = self._fold.write(self._base, fd, master=self._master)
+        self._finished()
+        return written
+
+    def _finished(self) -> None:
         self._owner.used = self._fold.accumulator
         if self._fold.equal_weights:
             self._owner.say_equal(self._fold.count)
-        return model
 
     def next_plan(self, *, tasks: int | None = None) -> FoldPlan:
         """After `finish`: the next round's plan."""

@@ -12,7 +12,7 @@ import structlog
 from ...serialization.errors import JobError
 from ...serialization.foldplan import FoldPlan
 from ...serialization.memory import give_back
-from ...serialization.messages import CloseRule, PayloadRef
+from ...serialization.messages import INLINE_BYTES, CloseRule, PayloadRef
 from ...serialization.model import FLModel, ParamsType, flatten
 from ..aggregators.base import Aggregator
 from ..aggregators.custom import TakesModels, restore, state_of
@@ -140,7 +140,7 @@ class FedAvg(Workflow):
             met = received is not None and self.selection.met(outcome.metrics)
             model_ref = fed.commit(
                 # the model that met the condition, not one that nobody has scored
-                received if met and received is not None else model,
+                received if met and received is not None else outcome.ref or model,
                 round=round,
                 best=received if best else None,
                 state=memory.encode(),
@@ -159,7 +159,8 @@ class FedAvg(Workflow):
                 log.info("stopped_early", job=fed.job, round=round, reason=memory.scores.stopped)
                 fed.event("stopped_early", memory.scores.stopped)
                 return
-            model = fed.mapped(model_ref) or model
+            if model_ref.size > INLINE_BYTES:
+                model = fed.mapped(model_ref) or model
             if self.memory_gc_rounds and (round + 1) % self.memory_gc_rounds == 0:
                 give_back()
 
@@ -197,7 +198,7 @@ class FedAvg(Workflow):
             round=round,
             sample=self.sample,
             rule=self.rule,
-            fold=None if plan is None else fed.put_blob(plan.to_bytes()),
+            fold=None if plan is None else plan.to_bytes(),
             partials=plan is not None and self.rule.deadline_s is None,
             config={"total_rounds": self.num_rounds},
         )

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from ...serialization import spans
+from ...serialization.dtypes import DTYPES
 from ...serialization.errors import FoldError, GatherError, LayoutError, PayloadError, ValuesError, WireError
 from ...serialization.foldplan import FoldPlan
-from ...serialization.messages import Failure
+from ...serialization.messages import INLINE_BYTES, Failure, PayloadRef
 from ...serialization.model import FLModel, ParamsType, flatten
-from ...serialization.payload import Framework
+from ...serialization.payload import Framework, decode_model
 from ...serialization.tensors import spec_of
-from ..aggregators.base import Aggregate, Aggregator
+from ..aggregators.base import Aggregate, Aggregator, WritesModel
 from ..aggregators.custom import CLIENT_NAME, KindCheck, TakesModels, new_model, weighted_metrics
 from ..collecting import Collection, Layout, difference
 from ..federation import Federation
@@ -33,6 +34,7 @@ class Outcome:
         equal_weights: whether no result named its steps.
         plan: the next round's fold plan; None where results are not folded.
         master: float32 values behind narrower tensors.
+        ref: the model's payload, where it is stored already.
     """
 
     model: FLModel
@@ -41,6 +43,7 @@ class Outcome:
     equal_weights: bool
     plan: FoldPlan | None = None
     master: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    ref: PayloadRef | None = None
 
 
 def fold(fed: Federation, gather: Gather, empty: Aggregate, record: RoundRecord, checkpoint: int | None) -> Outcome:
@@ -49,7 +52,7 @@ def fold(fed: Federation, gather: Gather, empty: Aggregate, record: RoundRecord,
     Raises:
         GatherError, MixedError, FoldError: as `Folding.run`.
     """
-    return _finished(Folding(fed, gather, empty, record, checkpoint_bytes=checkpoint).run())
+    return _finished(fed, Folding(fed, gather, empty, record, checkpoint_bytes=checkpoint).run())
 
 
 def fold_first(fed: Federation, gather: Gather, aggregator: Aggregator, record: RoundRecord) -> Outcome:
@@ -87,7 +90,7 @@ def fold_first(fed: Federation, gather: Gather, aggregator: Aggregator, record: 
         raise _too_few(gather, 0, collection.refused)
     folding = Folding(fed, gather, empty, record, collected=good)
     folding.refused += collection.refused
-    return _finished(folding.run())
+    return _finished(fed, folding.run())
 
 
 def aggregate(
@@ -151,18 +154,30 @@ def aggregate(
     return Outcome(made, own or metrics, weight_sum, equal)
 
 
-def _finished(aggregate: Aggregate) -> Outcome:
-    began = spans.start()
-    outcome = Outcome(
-        aggregate.finish(),
+def _finished(fed: Federation, aggregate: Aggregate) -> Outcome:
+    model, ref = _made(fed, aggregate)
+    return Outcome(
+        model,
         aggregate.metrics,
         float(aggregate.weight_sum),
         aggregate.equal_weights,
         aggregate.next_plan(),
         dict(aggregate.master),
+        ref,
     )
+
+
+def _made(fed: Federation, aggregate: Aggregate) -> tuple[FLModel, PayloadRef | None]:
+    """The new model: a mapping of its stored file where that can be, else in memory."""
+    size = sum(tensor.items * DTYPES[tensor.dtype].itemsize for tensor in aggregate.plan.tensors)
+    if size > INLINE_BYTES and isinstance(aggregate, WritesModel):
+        ref = fed.payloads.written(aggregate.write)
+        if ref is not None:
+            return fed.mapped(ref) or decode_model(fed.fetch(ref)), ref
+    began = spans.start()
+    model = aggregate.finish()
     spans.end("finish", began)
-    return outcome
+    return model, None
 
 
 def _layout(model: FLModel) -> Layout:

@@ -89,6 +89,7 @@ def test_everything_comes_back(tables: Callable[[], Tables]) -> None:
     assert (gather.spec, gather.digest, gather.requested) == (before.spec, before.digest, before.requested)
     assert gather.results == before.results and gather.left == 1
     (stored,) = again.journal.results(gather.id, 0, 10)
+    assert first.journal.results(gather.id, 0, 10) == [stored], "what is in memory is what the rows say"
     assert stored.inline == b"data" and stored.item.meta == {"metrics": {"loss": 0.5}} and stored.item.index == 0
     assert (stored.item.state, stored.item.restarted, stored.item.run_s) == ("v1", True, 1.5)
     assert again.ledger.site_state(JOB, stored.item.site).version == "v1"

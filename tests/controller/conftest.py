@@ -13,7 +13,7 @@ from fedloom.broker.link import fault_error
 from fedloom.controller.federation import Federation
 from fedloom.controller.inbox import Inbox
 from fedloom.serialization.digest import digest_buffers
-from fedloom.serialization.errors import LinkError
+from fedloom.serialization.errors import FedloomError, LinkError
 from fedloom.serialization.fold import Fold
 from fedloom.serialization.foldplan import FoldPlan
 from fedloom.serialization.jobspec import Component, ExecutorSpec, JobSpec
@@ -82,6 +82,20 @@ class CoreLink:
         if isinstance(answers[0][0], Fault):
             raise fault_error(answers[0][0].code, answers[0][0].text)
         return answers[0]
+
+    def ask(self, message: Any, tail: bytes = b"") -> Any:
+        """Asked and answered at once; the answer is kept."""
+        if isinstance(message, Put):
+            self.puts.append(message.payload)
+        try:
+            return self.request(message, tail)
+        except FedloomError as error:
+            return error
+
+    def answer(self, asked: Any, timeout_s: float = 60.0) -> tuple[Message, bytes]:
+        if isinstance(asked, FedloomError):
+            raise asked
+        return asked
 
     def put(self, ref: PayloadRef, buffers: Any, **owner: Any) -> PayloadRef:
         self.puts.append(ref)

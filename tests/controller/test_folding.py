@@ -153,8 +153,7 @@ def test_replay_with_a_checkpoint_of_hundreds(farm: Any, tools: Any) -> None:
     turn = Round(f, tools.model_of(), min_clients=300)
     folding = turn.fold(checkpoint_bytes=1 << 40)
     bits = bytes(folding.run().finish().params["w"])
-    folding._checkpoint_bytes = 0
-    folding._maybe_checkpoint()
+    folding._checkpoint()
     f.die()
     f.process()
     replay = turn.fold(checkpoint_bytes=1)

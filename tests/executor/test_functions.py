@@ -201,7 +201,7 @@ def fit(model, ctx):
     assert "on purpose" in broker.failed("x").text
     broker.assign(("y", "site-2"), round=3, model=weights(1.0), archive=archive, config={"die": "site-2"})
     failed = broker.failed("y")
-    assert failed.killed and "exit code 3" in failed.text
+    assert failed.killed and "exit code 3" in failed.text and failed.text.count("fit site-2 site-2") == 1
     broker.assign(("y", "site-2", 2), round=3, model=weights(1.0), archive=archive)
     assert broker.done("y", 2).meta["metrics"]["n"] == 3
 

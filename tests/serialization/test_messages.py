@@ -13,6 +13,7 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fedloom.serialization import messages as m
 from fedloom.serialization.codec import encode_fields, pack
@@ -231,6 +232,36 @@ def test_a_newer_minors_keys_are_ignored() -> None:
 def test_a_body_over_the_limit_is_the_senders_error() -> None:
     with pytest.raises(CodecError, match=r"Event of .* bytes; at most 65536"):
         m.encode(m.Event(JOB, "log", data={"a": "x" * MAX_BODY_BYTES}))
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    return {"a": _nested(depth - 1)} if depth else {}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Accept((m.TaskRef(TASK, 0),)),
+        m.Accept((m.TaskRef(m.TaskId("../up"), 1),) * 2),
+        m.Accept((ONE,) * 513),
+        m.Fail(TASK, 1, "code", retryable=1),  # pyright: ignore[reportArgumentType]
+        m.Bye("x" * 1025),
+        m.Event(JOB, "log", data=_nested(16)),
+        m.Grant("00", 0, 0, 0),
+    ],
+)
+def test_the_sender_refuses_what_nobody_would_read(message: m.Message) -> None:
+    """One level less, a number derived from Python's own and all samples are taken, and give the same frames."""
+    with pytest.raises(WireError) as ours:
+        m.encode_checked(message)
+    with pytest.raises(WireError) as theirs:
+        m.decode(m.encode(message))
+    assert str(ours.value) == str(theirs.value)
+    with pytest.raises(EnvelopeError, match="tail"):
+        m.encode_checked(m.Pong(), bytes(2 * 1024 * 1024))
+    taken = [(m.Event(JOB, "log", data=_nested(15)), b""), (m.Decline((ONE,), "", np.float64(1.5)), b"")]
+    for sample, tail in taken + [(each, tail) for each, tail in SAMPLES if not isinstance(each, m.Chunk)]:
+        assert m.encode_checked(sample, tail) == m.encode(sample, tail)
 
 
 def test_nan_is_the_senders_error() -> None:

@@ -364,10 +364,10 @@ def admissions_are_not_given_back() -> None:
 def save_half_a_turn() -> None:
     real = journals.Journal._save_ledger
 
-    def save(self: Any, ledger: Any) -> None:
+    def save(self: Any, ledger: Any) -> Any:
         fresh, ledger.fresh = ledger.fresh, ledger.fresh[:-1]
         try:
-            real(self, ledger)
+            return real(self, ledger)
         finally:
             ledger.fresh = fresh
 
