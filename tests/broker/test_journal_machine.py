@@ -240,3 +240,21 @@ def test_a_job_may_end_in_the_turn_in_which_results_of_it_were_lost() -> None:
         tables.database_is_whole()
     finally:
         tables.teardown()
+
+
+def test_a_job_may_end_in_the_turn_in_which_one_of_its_name_begins() -> None:
+    """What the first one's sites remembered goes, and what the second one's do stays."""
+    tables = JournalMachine()
+    try:
+        tables.begin(shape=0, sites=0)
+        tables.hold_back()
+        tables.good_partial(lost=False, n=0)
+        tables.commit(chance=0)
+        tables.open(redo=0, shape=0, step=0)
+        tables.partial(n=0, several=False, twist="")
+        assert tables.model.sites
+        tables.save_at_last()
+        tables.crash_and_reload(down_s=0.0, fails=False, lost=40, over=False)
+        tables.ledger_and_model_agree()
+    finally:
+        tables.teardown()
