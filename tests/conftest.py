@@ -22,6 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = "FEDLOOM_TEST_RUN"
 LOG_TAIL_CHARS = 6000
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a run that a shell has put into the background ignores Ctrl-C, and so would every process that a test starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
