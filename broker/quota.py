@@ -178,8 +178,9 @@ class Quota:
         if ref.size > self.total:
             text = f"payload of {ref.size} bytes; the spool's quota is {self.total} (quota_bytes)"
             raise FaultError("quota", text, bound="quota_bytes")
-        others = sum(self._reserve(other) for other in self._jobs.active() if other is not mine)
-        room = self.total - self.used - others if job else self.spare
+        room = self.spare
+        if job:
+            room = self.total - self.used - sum(self._reserve(o) for o in self._jobs.active() if o is not mine)
         if mine is None and not self._is_next(ref, job, room, now):
             return self._wait(ref, now, job, task)
         if needed > room:

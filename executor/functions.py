@@ -262,13 +262,12 @@ def folded(returned: object, spec: TaskSpec, context: TaskContext, folds: Worker
         FedloomError: it is no result, or does not fit the model.
     """
     key = (spec.task, spec.attempt)
-    if (plainly := plain_result(returned, spec)) is not None:
-        tensors, plain = plainly
-        wrote_state = save_state(context.state, spec)  # first: what is in a partial does not come out of it again
-        if folds.add_tensors(spec.fold, key, tensors, spec.site, plain):
-            return TaskResult(0, "", plain, None, "", wrote_state, folded=True)
-    encoded = encode_result(returned, spec)
-    wrote_state = save_state(context.state, spec)
+    plainly = plain_result(returned, spec)
+    encoded = encode_result(returned, spec) if plainly is None else None
+    wrote_state = save_state(context.state, spec)  # first: what is in a partial does not come out of it again
+    if plainly is not None and folds.add_tensors(spec.fold, key, plainly[0], spec.site, plainly[1]):
+        return TaskResult(0, "", plainly[1], None, "", wrote_state, folded=True)
+    encoded = encoded or encode_result(returned, spec)
     try:
         folds.add(spec.fold, key, encoded, spec.site, encoded.meta)
     except MixedError:

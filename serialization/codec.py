@@ -65,7 +65,7 @@ def pack(value: object) -> bytes:
     try:
         packer = _PACKERS.pop()
     except IndexError:
-        packer = typing.cast("Any", msgpack.Packer(use_bin_type=True))  # pyright: ignore
+        packer = typing.cast("Any", msgpack.Packer(use_bin_type=True))  # pyright: ignore[reportUnknownMemberType] - no stubs
     try:
         packed: bytes = packer.pack(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -183,7 +183,7 @@ def _outline(cls: type[Any]) -> list[tuple[str, Any, bool]]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
-        return [_plain(item) for item in typing.cast("list[Any]", value)]
+        return [_plain(item) for item in typing.cast("tuple[Any, ...]", value)]
     if isinstance(value, (dict, float)):
         check_plain(value)
         return typing.cast("Any", value)

@@ -30,7 +30,7 @@ from .envelope import Buffer
 from .errors import FoldError, PayloadError, ValuesError, WireError
 from .feeder import Feeder, Source, open_pieces
 from .fixedpoint import FixedSums
-from .foldmodel import NewModel, build_model
+from .foldmodel import NewModel, Rounding, build_model
 from .foldpartial import read_partial, write_partial
 from .foldplan import MAX_RESULTS, FoldPlan, Kind, Magnitudes
 from .foldtensors import add_pieces, pieces_of
@@ -314,8 +314,7 @@ class Fold:
             LayoutError: a base that is not the plan's model.
             ValuesError: a value that the model's dtype cannot hold.
         """
-        self._check_good()
-        built = self._built = build_model(self.plan, self._sums, self._tally.kind, base, master or {})
+        built = self._built = build_model(self._rounding(base, master))
         model = built.model
         model.metrics = self.metrics or None
         return model
@@ -331,8 +330,7 @@ class Fold:
             FoldError, LayoutError, ValuesError: as `finish`; the file may hold a part of the payload then.
             OSError: the disk refused.
         """
-        self._check_good()
-        built = self._built = write_model(self.plan, self._sums, self._tally.kind, base, master or {}, fd)
+        built = self._built = write_model(self._rounding(base, master), fd)
         return built
 
     def mean(self, name: str) -> Floats:
@@ -403,7 +401,7 @@ class Fold:
         """Memory of the float sums, in bytes."""
         return self._sums.nbytes
 
-    def _check_good(self) -> None:
+    def _rounding(self, base: FLModel | Mapping[str, Any], master: Mapping[str, Any] | None) -> Rounding:
         self._whole()
         if not self._tally.count:
             raise FoldError("no results to make a model of")
@@ -411,6 +409,7 @@ class Fold:
             raise FoldError(
                 "the plan's scales do not hold these results: fold them again with the plan that check() gives"
             )
+        return Rounding(self.plan, self._sums, self._tally.kind, base, master or {})
 
     def _verdict(self) -> tuple[Kind | None, dict[int, int]]:
         self._whole()

@@ -44,20 +44,12 @@ class NewModel:
     master: dict[str, Array]
 
 
-def build_model(
-    plan: FoldPlan,
-    sums: Sums,
-    kind: Kind | None,
-    base: FLModel | Mapping[str, Any],
-    master: Mapping[str, Any],
-) -> NewModel:
-    """The new model out of the sums and the base.
+def build_model(rounding: Rounding) -> NewModel:
+    """The new model, in memory.
 
     Raises:
-        LayoutError: a base or a master that is not the plan's model.
         ValuesError: a value that a tensor's type cannot hold.
     """
-    rounding = Rounding(plan, sums, kind, base, master)
     for index in rounding.fills:
         rounding.make(index)
     return NewModel(rounding.model(rounding.arrays), tuple(rounding.largest), rounding.master)
@@ -84,13 +76,16 @@ class Rounding:
     """How the sums become the new model's tensors: those that are no mean of floats at once, the others when asked.
 
     Attributes:
+        plan: the round's plan.
+        base: the base's tensors, flat.
         arrays: tensors by name, as far as they are made.
         fills: by the tensor's index, what writes elements of a mean of floats; from several threads at a time.
         largest: max|x| a tensor, of those that are made.
         master: float32 values of the made tensors whose type is narrower.
 
     Raises:
-        LayoutError, ValuesError: as `build_model`.
+        LayoutError: a base or a master that is not the plan's model.
+        ValuesError: a value that a tensor's type cannot hold.
     """
 
     def __init__(
@@ -101,7 +96,7 @@ class Rounding:
         base: FLModel | Mapping[str, Any],
         master: Mapping[str, Any],
     ) -> None:
-        self._plan = plan
+        self.plan = plan
         self._sums = sums
         self._diff = kind == "DIFF"
         self._given = base if isinstance(base, FLModel) else FLModel(params=dict(base))
@@ -137,7 +132,7 @@ class Rounding:
 
     def is_wide(self, index: int) -> bool:
         """Whether a float tensor is written as it is, and not rounded from a float32 master."""
-        return self._plan.tensors[index].dtype in _WIDE
+        return self.plan.tensors[index].dtype in _WIDE
 
     def make(self, index: int) -> None:
         """Make a whole mean of floats.
@@ -145,7 +140,7 @@ class Rounding:
         Raises:
             ValuesError: a value that its type cannot hold.
         """
-        tensor, fill = self._plan.tensors[index], self.fills[index]
+        tensor, fill = self.plan.tensors[index], self.fills[index]
         wide = self.is_wide(index)
         out: Array = np.empty(tensor.items, DTYPES[tensor.dtype].numpy if wide else np.float32)
         threads = threads_for(out.nbytes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,7 @@ from .digest import BLOCK_BYTES, block_digest, root_digest
 from .dtypes import DTYPES
 from .elements import Bytes, Scratch
 from .foldmodel import Array, Fill, Rounding
-from .foldplan import FoldPlan, Kind
-from .model import FLModel
 from .payload import encode_model
-from .sums import Sums
 from .tensors import as_numpy, raw_bytes
 
 
@@ -56,27 +52,19 @@ class _Part:
     fill: Fill | None
 
 
-def write_model(
-    plan: FoldPlan,
-    sums: Sums,
-    kind: Kind | None,
-    base: FLModel | Mapping[str, Any],
-    master: Mapping[str, Any],
-    fd: int,
-) -> WrittenModel:
+def write_model(rounding: Rounding, fd: int) -> WrittenModel:
     """Write the new model's payload to an empty file that is open for writing.
 
     Raises:
-        LayoutError, ValuesError: as `build_model`; the file holds part of the payload then.
+        ValuesError: as `build_model`; the file holds part of the payload then.
         OSError: the disk refused.
     """
-    rounding = Rounding(plan, sums, kind, base, master)
     for index in rounding.fills:
         if not rounding.is_wide(index):
             rounding.make(index)
     layout = {name: as_numpy(value) for name, value in rounding.base.items()} | rounding.arrays
     encoded = encode_model(rounding.model(layout))
-    places = {tensor.name: index for index, tensor in enumerate(plan.tensors)}
+    places = {tensor.name: index for index, tensor in enumerate(rounding.plan.tensors)}
     head = len(encoded.header_bytes)
     parts = [_Part(0, head, -1, np.dtype(np.uint8), np.frombuffer(encoded.header_bytes, np.uint8), None)]
     for tensor in encoded.header.tensors:
