@@ -99,7 +99,24 @@ def watch(
     every_s: float = _EVERY_S,
 ) -> Measured:
     """Run a command to its end and look at its processes. What it leaves running is ended, and not waited for."""
-    ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)  # children whose parents end stay in our tree
+    with _adopting():
+        return _watch(argv, env, cwd, timeout_s, every_s)
+
+
+@contextlib.contextmanager
+def _adopting() -> Iterator[None]:
+    """Children whose parents end stay in our tree; for so long only, since nobody else in this process collects them."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(_SUBREAPER, 0, 0, 0, 0)
+
+
+def _watch(
+    argv: Sequence[str], env: Mapping[str, str] | None, cwd: Path | None, timeout_s: float, every_s: float
+) -> Measured:
     others = frozenset(descendants(os.getpid()))
     seen: dict[tuple[int, str], Seen] = {}
     looks: list[Look] = []
@@ -224,11 +241,9 @@ def _end_left(others: Container[int]) -> None:
     while time.monotonic() < deadline:
         left = [pid for pid in descendants(os.getpid()) if pid not in others]
         for pid in left:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            with contextlib.suppress(ProcessLookupError, PermissionError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+                os.waitpid(pid, os.WNOHANG)
         if not left:
             return
         time.sleep(0.01)
