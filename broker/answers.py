@@ -25,9 +25,10 @@ def answer(state: BrokerState, message: Ask) -> tuple[Answer, bytes]:
         FaultError: ``unknown_job``, ``unknown_question``.
     """
     match message.what:
-        case "job":
+        case "job" | "status":
             job = state.jobs.get(message.job)
-            data = job_answer(job) | {"gather": _open_gather(state, job)}
+            sites = {"sites": _bounded(job.sites)} if message.what == "job" else {}
+            data = job_answer(job) | sites | {"gather": _open_gather(state, job)}
         case "jobs":
             data = _jobs(state, message)
         case "events":
@@ -43,7 +44,8 @@ def answer(state: BrokerState, message: Ask) -> tuple[Answer, bytes]:
         case _:
             raise FaultError(
                 "unknown_question",
-                f"{message.what!r} is no question; ask for job, jobs, events, rounds, sites, broker, spool or abort",
+                f"{message.what!r} is no question; ask for job, status, jobs, events, rounds, sites, broker, spool or"
+                " abort",
             )
     packed = pack(data)
     if len(packed) <= _BODY_BYTES:
@@ -52,11 +54,10 @@ def answer(state: BrokerState, message: Ask) -> tuple[Answer, bytes]:
 
 
 def job_answer(job: Job) -> dict[str, Any]:
-    """All about a job; ``round`` is the number of rounds committed, ``commit.round`` the last one's own number."""
+    """All about a job but its sites; ``round`` counts its commits, ``commit.round`` is the last one's number."""
     commit = job.commit
     return _summary(job) | {
         "reason": job.reason,
-        "sites": _bounded(job.sites),
         "site_count": len(job.sites),
         "late": sum(job.late.values()),
         "claim": job.claim,
@@ -77,13 +78,12 @@ def _open_gather(state: BrokerState, job: Job) -> dict[str, Any] | None:
     gather = next((g for g in reversed(state.ledger.gathers.values()) if g.job == job.id and g.live), None)
     if gather is None:
         return None
-    finished = sum(task.progress >= 1 and not task.ended for task in gather.tasks.values())
     return {
         "name": gather.spec.name,
         "round": gather.spec.round,
         "tasks": len(gather.tasks),
         "results": len(gather.results),
-        "done": len(gather.results) + finished,
+        "done": len(gather.results) + gather.arriving,
     }
 
 

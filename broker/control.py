@@ -20,7 +20,7 @@ import zmq
 from ..serialization.envelope import MAX_TAIL_BYTES, Buffer
 from ..serialization.errors import CodecError, StorageError, WireError
 from ..serialization.loglimit import LINES
-from ..serialization.messages import Ask, Bye, Fault, Get, Message, Packet, Ping, Progress, decode, encode
+from ..serialization.messages import Ask, Bye, Fault, Get, Message, PackedDone, Packet, Ping, Progress, decode, encode
 from .core import ControlCore
 from .journal import Journal
 from .ledger import Limits
@@ -318,7 +318,7 @@ class ControlLoop:
                 return True
         return True
 
-    def _frames(self, message: Message, tail: bytes = b"", sequence: int = 0) -> list[Buffer]:
+    def _frames(self, message: Message | PackedDone, tail: bytes = b"", sequence: int = 0) -> list[Buffer]:
         """The frames of a message; numbered within a session only. Nothing where no peer could take it."""
         try:
             if len(tail) > MAX_TAIL_BYTES:  # the peer would cut the connection, and ask again

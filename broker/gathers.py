@@ -135,6 +135,7 @@ class Gather:
     partials: dict[str, PartialInfo] = field(default_factory=dict[str, PartialInfo])
     failed: list[TaskId] = field(default_factory=list[TaskId])  # in the order of failing
     left: int = 0  # tasks that have not ended
+    arriving: int = 0  # of these, those of which only the result's way here is left
 
     @property
     def job(self) -> JobId:

@@ -333,7 +333,7 @@ class Journal:
             "SELECT item, inline, partial FROM results WHERE gather=? AND idx>=? ORDER BY idx LIMIT ?",
             (gather, start, count),
         )
-        return [StoredResult(rows.item(item), inline, rows.ref(partial), len(item)) for item, inline, partial in found]
+        return [StoredResult(rows.item(item), inline, rows.ref(partial), item) for item, inline, partial in found]
 
     def partial_bytes(self, gather: GatherId, first: int) -> bytes:
         """The inline bytes of the partial whose first result this is."""

@@ -186,7 +186,8 @@ class Leases(ABC):
             if gather.blocked:
                 continue
             task.attempt += 1
-            task.progress, task.counted = 0.0, False
+            self.moved(task, 0.0)
+            task.counted = False
             if not gather.spec.redo:
                 task.base = self.site_state(gather.job, task.site).version
             self._lease(task, owner, now, accepted=False)
@@ -214,6 +215,12 @@ class Leases(ABC):
         if task is None or task.ended or task.attempt != ref.attempt or task.owner != node:
             return None
         return task
+
+    def moved(self, task: Task, done: float) -> None:
+        """The current attempt is so far; 1: only its result's way here is left."""
+        if done != task.progress:
+            self.gathers[task.gather].arriving += (done >= 1) - (task.progress >= 1)
+            task.progress = done
 
     def accept(self, node: str, refs: Iterable[TaskRef], now: float) -> None:
         """The executor works on these; what is not its own any more is cancelled."""
@@ -329,6 +336,7 @@ class Leases(ABC):
     def end_task(self, gather: Gather, task: Task, status: Literal["done", "failed", "cancelled", "dead"]) -> None:
         """The task's end: out of the queues and leases."""
         self._unlease(task)
+        self.moved(task, 0.0)
         task.status = status
         gather.left -= 1
         self.dirty_tasks[task.id] = task

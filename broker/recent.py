@@ -27,12 +27,12 @@ class StoredResult:
     item: DoneItem
     inline: bytes | None
     partial: PayloadRef | None
-    packed_bytes: int  # of the item
+    packed: bytes  # the item, as its row has it
 
     @property
     def size(self) -> int:
         """What counts of it."""
-        return self.packed_bytes + len(self.inline or b"")
+        return len(self.packed) + len(self.inline or b"")
 
 
 class RecentResults:
@@ -50,7 +50,7 @@ class RecentResults:
     def add(self, written: Iterable[tuple[FreshResult, ResultRow]]) -> None:
         """These were committed."""
         for fresh, (gather, index, packed, inline, _) in written:
-            row = StoredResult(fresh.item, inline, fresh.partial, len(packed))
+            row = StoredResult(fresh.item, inline, fresh.partial, packed)
             self._rows[gather, index] = row
             self._bytes += row.size
         while self._bytes > _MAX_BYTES or len(self._rows) > _MAX_ROWS:

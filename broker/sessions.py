@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..serialization.errors import FaultError
-from ..serialization.messages import Hello, Message
+from ..serialization.messages import Hello, Message, PackedDone
 
 __all__ = ["Arrival", "Session", "Sessions", "Timing"]
 
@@ -22,7 +22,7 @@ __all__ = ["Arrival", "Session", "Sessions", "Timing"]
 _PROBE_S = 0.3
 
 #: A message on its way out: the message and its tail.
-Outgoing = tuple[Message, bytes]
+Outgoing = tuple[Message | PackedDone, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Session:
             return 0
         return -1 if ahead > 1 << 31 else ahead
 
-    def push(self, message: Message, tail: bytes = b"") -> None:
+    def push(self, message: Message | PackedDone, tail: bytes = b"") -> None:
         """Queue a message; one too many marks the session as overflowed, which ends it."""
         if len(self.outbox) >= self.timing.outbox_messages or self.outbox_bytes >= self.timing.outbox_bytes:
             self.overflowed = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ..serialization.errors import CodecError
 from ..serialization.messages import Done, DoneItem, PayloadId, PayloadRef, Refusal, TaskRef
@@ -117,11 +117,19 @@ def _settle_one(
         out.kept.append(item.payload.id)
 
 
-def _accept(ledger: Ledger, gather: Gather, task: Task, item: DoneItem, result: Result, data: bytes | None) -> None:
+def _accept(
+    ledger: Ledger,
+    gather: Gather,
+    task: Task,
+    item: DoneItem,
+    result: Result,
+    data: bytes | None,
+    partial: PayloadRef | None = None,
+) -> None:
     index = len(gather.results)
     gather.results.append(result)
     item = item.numbered(task.site, index)
-    ledger.fresh.append(FreshResult(gather.id, index, item, data))
+    ledger.fresh.append(FreshResult(gather.id, index, item, data, partial))
     key = (gather.job, task.site)
     state = ledger.site_state(*key)
     # a redo starts from an old version: what it writes is current only if nothing was settled behind the original
@@ -178,12 +186,10 @@ def _settle_partial(
     first = len(gather.results)
     for item in done.items:
         task = ledger.tasks[item.task]
-        _accept(ledger, gather, task, item, Result(task.id, item.attempt, task.site, partial=partial.id), None)
+        inline = tail if done.partial_inline_bytes and len(gather.results) == first else None
+        result = Result(task.id, item.attempt, task.site, partial=partial.id)
+        _accept(ledger, gather, task, item, result, inline, partial)
     gather.partials[partial.id] = PartialInfo(partial, first, len(done.items), bool(done.partial_inline_bytes))
-    for at in range(len(ledger.fresh) - len(done.items), len(ledger.fresh)):
-        fresh = ledger.fresh[at]
-        inline = tail if done.partial_inline_bytes and fresh.index == first else None
-        ledger.fresh[at] = replace(fresh, partial=partial, inline=inline)
     out.stored.extend(refs)
     if not done.partial_inline_bytes:
         out.kept.append(partial.id)

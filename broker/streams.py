@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..serialization.codec import encode_fields, pack
 from ..serialization.messages import (
     INLINE_TOTAL_BYTES,
-    Done,
-    DoneItem,
     Failure,
     GatherId,
+    PackedDone,
     PayloadRef,
     Receipt,
 )
@@ -123,23 +123,24 @@ class Streams:
         session.push(done, tail)
         return True
 
-    def _group(self, gather: Gather, start: int, stop: int, payload: PayloadRef, inline: bytes) -> tuple[Done, bytes]:
+    def _group(
+        self, gather: Gather, start: int, stop: int, payload: PayloadRef, inline: bytes
+    ) -> tuple[PackedDone, bytes]:
         """Results that are one payload. More than one message holds: the next Done names the same payload again."""
         rows = self._journal.results(gather.id, start, min(stop - start, _MAX_ITEMS))
-        items = [replace(row.item, payload=None, inline_bytes=0) for row in _fitting(rows)]
-        done = Done(gather.job, gather.id, tuple(items), partial=payload, partial_inline_bytes=len(inline))
-        return done, inline
+        items = tuple([_bare(row) for row in _fitting(rows)])
+        return PackedDone(gather.job, gather.id, items, payload, len(inline)), inline
 
-    def _singles(self, gather: Gather, start: int) -> tuple[Done, bytes]:
-        items: list[DoneItem] = []
+    def _singles(self, gather: Gather, start: int) -> tuple[PackedDone, bytes]:
+        items: list[bytes] = []
         tail: list[bytes] = []
         for row in _fitting(self._journal.results(gather.id, start, _READ)):
             if row.partial is not None:
                 break
-            items.append(row.item)
+            items.append(row.packed)
             if row.inline:
                 tail.append(row.inline)
-        return Done(gather.job, gather.id, tuple(items)), b"".join(tail)
+        return PackedDone(gather.job, gather.id, tuple(items)), b"".join(tail)
 
 
 def receipt(gather: Gather, ref: int, state: str) -> Receipt:
@@ -148,12 +149,19 @@ def receipt(gather: Gather, ref: int, state: str) -> Receipt:
     return Receipt(ref, gather.job, gather.id, state, len(gather.tasks), len(gather.results), gather.reason)
 
 
+def _bare(row: StoredResult) -> bytes:
+    """The item of a result whose bytes are those of a partial or a checkpoint."""
+    if row.item.payload is None and not row.item.inline_bytes:
+        return row.packed
+    return pack(encode_fields(replace(row.item, payload=None, inline_bytes=0)))
+
+
 def _fitting(rows: list[StoredResult]) -> list[StoredResult]:
     """The first rows that one message holds."""
     out: list[StoredResult] = []
     body = tail = 0
     for row in rows:
-        body += row.packed_bytes
+        body += len(row.packed)
         tail += len(row.inline or b"") if row.partial is None else 0
         if out and (body > BODY_BUDGET or tail > INLINE_TOTAL_BYTES):
             break

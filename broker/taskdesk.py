@@ -86,7 +86,7 @@ class TaskDesk:
         """A task moves: shown to whoever watches. The lease is renewed by any traffic."""
         task = self._state.ledger.current(session.node, TaskRef(message.task, message.attempt))
         if task is not None:
-            task.progress = message.done
+            self._state.ledger.moved(task, message.done)
 
     def decline(self, session: Session, message: Decline, now: float) -> None:
         """These will not be worked on."""
@@ -106,7 +106,7 @@ class TaskDesk:
             CodecError: sizes that do not add up.
         """
         state = self._state
-        unfit = next((text for item in message.items if (text := self._unfit(item.meta))), "")
+        unfit = "" if self._all_fit(message) else next((t for i in message.items if (t := self._unfit(i.meta))), "")
         if unfit:
             self._refuse_all(session, message, unfit, now)
             return
@@ -137,6 +137,15 @@ class TaskDesk:
             data = {"task": refusal.task, "attempt": refusal.attempt, "code": refusal.code, "round": round_}
             state.event(message.job, "result_refused", now, site=site, text=refusal.reason, data=data)
         self._stored(session, outcome.stored, outcome.refused)
+
+    def _all_fit(self, message: Done) -> bool:
+        """Whether the metadata of all items together fits: then each does, which needs no look of its own."""
+        metas = [item.meta for item in message.items if item.meta]
+        try:
+            check_plain(metas, _RECORD_DEPTH - 1)
+        except CodecError:
+            return False
+        return len(pack(metas)) <= self._state.settings.max_result_meta_bytes
 
     def _unfit(self, meta: dict[str, Any]) -> str:
         """Why no message to the job, and no record of its round, can hold a result's metadata; "" where they can."""

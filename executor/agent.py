@@ -246,7 +246,8 @@ class Agent:
         free = desk.free
         more = free - self._told_free
         if more > 0 and (not desk.slots.waiting or more > self.config.announced // _PING_SHARE):
-            desk.link.send(Ping(free))  # room for more at once, not at the next ping
+            if desk.parked or collector.delivery.uploading:  # else the broker counts as we do: all was told in a Done
+                desk.link.send(Ping(free))  # room for more at once, not at the next ping
             self._told_free = free
         elif more < 0:
             self._told_free = free

@@ -152,6 +152,15 @@ class Collector:
         batch = self._batches.batch_for(run.gather, run.work.plan, now)
         self._hold_news(run.key, now)
         if (waiting := batch.take_in(result)) is not None:
+            batch.waiting += waiting
+            if not batch.busy:
+                self._fold(batch)
+
+    def _fold(self, batch: Batch) -> None:
+        """Have what waits added; what comes meanwhile goes together after it."""
+        waiting, batch.waiting = batch.waiting, []
+        batch.busy = bool(waiting)
+        if waiting:
             self._desk.fold(
                 lambda: fold_into(batch, waiting),
                 lambda outcomes, error: self._folded(batch, waiting, outcomes, error),
@@ -174,9 +183,12 @@ class Collector:
             log.error("fold_failed", job=batch.gather[0], tasks=len(batch.results) + len(results), error=repr(error))
             self._batches.spoil(batch, repr(error))
         if batch.spoiled:
-            self._give_back([*batch.results, *results], f"it could not be folded: {batch.spoiled}")
-            batch.results.clear()
+            batch.folding -= len(batch.waiting)
+            lost = [*batch.results, *results, *batch.waiting]
+            batch.results, batch.waiting = [], []
+            self._give_back(lost, f"it could not be folded: {batch.spoiled}")
             return
+        self._fold(batch)
         for result, wrong in outcomes or ():
             if wrong is None:
                 batch.results.append(result)

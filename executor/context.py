@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import traceback
 from collections.abc import Callable
@@ -77,7 +76,11 @@ TaskFunction = Callable[[FLModel, TaskContext], Any]
 def call_function(function: TaskFunction, model: FLModel, context: TaskContext) -> Any:
     """Call a task function, with the context where it has a second parameter; an ``async def`` one gets a loop."""
     result = function(model, context) if _takes_two(function) else cast("Callable[[FLModel], Any]", function)(model)
-    return asyncio.run(result) if inspect.iscoroutine(result) else result
+    if not inspect.iscoroutine(result):
+        return result
+    import asyncio  # a third of what importing the executor takes
+
+    return asyncio.run(result)
 
 
 def _takes_two(function: TaskFunction) -> bool:

@@ -136,6 +136,11 @@ class Delivery:
     def __contains__(self, key: Key) -> bool:
         return key in self._singles or key in self._partial_of
 
+    @property
+    def uploading(self) -> bool:
+        """Whether there are results that could not be announced yet."""
+        return not all(entry.uploaded for entry in (*self._singles.values(), *self._partials.values()))
+
     def add(self, held: Held) -> None:
         """A finished attempt's result, which is on disk from here on."""
         self._outbox.add(held)

@@ -84,6 +84,11 @@ class Desk:
         """How many more tasks may come: those whose result waits for others, or for the broker, take no room."""
         return max(0, self.config.announced - self._occupied)
 
+    @property
+    def parked(self) -> int:
+        """How many of the attempts here take no room any more, and the broker does not know."""
+        return len(self.runs) - self._occupied
+
     # ------------------------------------------------------------ threads
 
     def submit(self, work: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:

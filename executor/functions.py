@@ -146,9 +146,8 @@ class _Worker:
         output = SiteOutput(self._place)
         try:
             while True:
-                self._replies.flush()
                 output.rest()
-                self._channel.send({"op": "waiting"})
+                self._replies.add({"op": "waiting"}, urgent=True)
                 message = self._inbox.get()
                 match message["op"]:
                     case "stop":
@@ -177,7 +176,8 @@ class _Worker:
         with self._lock:
             self._key = key
         seed_all(spec.seed, spec.threads)
-        limit_gpu_memory()
+        if "torch" in sys.modules:
+            limit_gpu_memory()
         spans.end("enter", began, site=spec.site, task=spec.task)
         answer = run_task(function, spec, self._say, self._begun, self._folds if spec.fold else None)
         output.end()
@@ -210,7 +210,10 @@ def _go_to(folder: str) -> None:
     try:
         os.chdir(folder)
     except FileNotFoundError:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            os.mkdir(folder)  # noqa: PTH102 - a Path for each of thousands costs as much as the call
+        except (FileNotFoundError, FileExistsError):  # what is above it is not there; another was first
+            Path(folder).mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
 
 

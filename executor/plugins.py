@@ -17,10 +17,12 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ..serialization.errors import JobError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "fedloom.executors"
 
@@ -80,6 +82,8 @@ def _installed() -> tuple[EntryPoint, ...]:
 @lru_cache(maxsize=1)
 def _installed_on(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     """Looked up once: it reads the metadata of every package on the path, and is asked for with each task."""
+    from importlib.metadata import entry_points  # with email and all it needs: only where a job names a plugin
+
     del path
     return tuple(entry_points(group=GROUP))
 

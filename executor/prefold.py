@@ -76,7 +76,9 @@ class Batch:
     opened_at: float
     alone: Result | None = None  # the first one, until there is a second
     results: list[Result] = field(default_factory=list[Result])  # folded
-    folding: int = 0  # handed to the fold thread, not heard of yet
+    folding: int = 0  # to be folded, not heard of yet
+    waiting: list[Result] = field(default_factory=list[Result])  # of these, not handed to the fold thread yet
+    busy: bool = False  # it folds some
     fold: PartialFold | None = None  # made and used by the fold thread
     spoiled: str = ""  # why nothing of it may be sent: its job is over, or folding failed halfway
 

@@ -10,6 +10,7 @@ from ..serialization import spans
 from ..serialization.errors import JobError
 from ..serialization.messages import Assign, AssignItem, TaskRef
 from .context import TaskContext, TaskFunction
+from .embedded import Call
 from .jobs import JobFolder
 from .script import Settings
 from .taskio import TaskSpec
@@ -54,7 +55,8 @@ class Run:
     item: AssignItem
     stage: Stage = "preparing"
     spec: TaskSpec | None = None
-    context: TaskContext | None = None  # embedded only
+    context: TaskContext | None = None  # embedded only, like the next
+    call: Call | None = None
     cancelled: bool = False
     occupies: bool = True  # counts against what this executor has announced
     restarted: bool = False

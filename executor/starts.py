@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -16,7 +17,7 @@ from .hostpool import HostPlan, HostPool
 from .hosts import log_size
 from .pace import Pace
 from .plans import host_plan, task_spec
-from .runs import Key, Run
+from .runs import Run
 from .sitelogs import SiteLogs
 from .slots import Slot
 from .state import version_name
@@ -100,30 +101,35 @@ class Starts:
             self._hosts.give(run, plan)
             self._desk.slots.bind(plan.lane, slot)
         else:
-            self._hosts.give(run, plan, self._behind(run, plan, slot))
+            # to one that runs: where it has to be started first, that may fail
+            behind = self._behind(run, slot, self._same_worker(run)) if self._hosts.find(plan.key) else []
+            for other in behind:
+                self._watch_log(other, plan)
+            self._hosts.give(run, plan, behind)
 
-    def _behind(self, run: Run, plan: HostPlan, slot: Slot) -> list[Run]:
-        """Tasks that the same worker does right behind this one, where they are quick."""
-        desk = self._desk
-        kind, slots = (run.job, run.work.assign.name), desk.slots
-        most = self._pace.ahead(kind, slots.waiting, slots.capacity)
-        if not most:
-            return []
+    def along(self, run: Run, slot: Slot) -> list[Run]:
+        """Tasks for the same embedded function that are begun with this one, where they are quick."""
+        return self._behind(run, slot, lambda other: other.gather == run.gather and other.work.prepared)
+
+    def _same_worker(self, run: Run) -> Callable[[Run], bool]:
+        """Which tasks the worker of this one can do as well."""
         job, settings = run.work.job, run.settings
         assert job is not None
         app = job.spec.client_app_of(run.item.site).name
+        return lambda other: (
+            other.gather == run.gather
+            and ((theirs := other.settings) is settings or theirs == settings)
+            and other.work.in_workers == run.work.in_workers
+            and job.spec.client_app_of(other.item.site).name == app
+        )
 
-        def alike(key: Key) -> bool:
-            other = desk.runs[key]
-            return (
-                other.gather == run.gather
-                and ((theirs := other.settings) is settings or theirs == settings)
-                and other.work.in_workers == run.work.in_workers
-                and job.spec.client_app_of(other.item.site).name == app
-            )
-
+    def _behind(self, run: Run, slot: Slot, alike: Callable[[Run], bool]) -> list[Run]:
+        """Tasks that are done right behind this one, described, where they are quick."""
+        desk = self._desk
+        kind, slots = (run.job, run.work.assign.name), desk.slots
+        most = self._pace.ahead(kind, slots.waiting, slots.capacity)
         out: list[Run] = []
-        for key in slots.follow(slot, alike, most):
+        for key in slots.follow(slot, lambda key: alike(desk.runs[key]), most) if most else ():
             other = desk.runs[key]
             desk.slot_of[key] = slot
             try:
@@ -131,7 +137,6 @@ class Starts:
             except (FedloomError, OSError) as error:
                 desk.fail(other, "job", f"{other.item.site} cannot start the task: {error}")
                 continue
-            self._watch_log(other, plan)
             out.append(other)
         return out
 

@@ -5,7 +5,6 @@ Runs in the agent's thread.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from .collector import Collector
 from .config import parked_by_memory
 from .context import TaskContext, TaskFunction
 from .desk import Desk
+from .embedded import Call, FunctionThreads
 from .functions import run_task
 from .hostpool import Host, HostPool
 from .hosts import Spawner, log_tail
@@ -61,6 +61,7 @@ class Worker:
         self._limits_at = 0.0
         self._memories = Memories()
         self._starts = Starts(desk, self.hosts, self.logs, self._memories)
+        self._threads = FunctionThreads(config.capacity)
 
     def end_job(self, job: str) -> None:
         """The job is over: its hosts may finish what they do behind their loop, its files go after them."""
@@ -91,6 +92,7 @@ class Worker:
         for run in self._desk.runs.values():
             if run.context is not None:
                 run.context.cancel()
+        self._threads.close()
         self.hosts.close(grace_s, drain)
         for job in {host_job for host_job, _ in self.logs.watched()}:
             self.logs.flush(job, time.monotonic(), closed=True)
@@ -117,6 +119,9 @@ class Worker:
             self._starts.describe(run)
             if run.work.function is not None:
                 self._embedded(run, run.work.function)
+                for other in self._starts.along(run, slot):
+                    with self._desk.answering(other):
+                        self._embedded(other, run.work.function)
             else:
                 self._starts.give(run, slot)
         except (FedloomError, OSError) as error:
@@ -125,25 +130,26 @@ class Worker:
     def _embedded(self, run: Run, function: TaskFunction) -> None:
         spec = run.spec
         assert spec is not None
-        run.started_at = time.monotonic()
 
         def report(op: str, data: dict[str, Any]) -> None:
             check_plain(data)  # in the caller's thread, who can do something about it
             self._desk.post(lambda: self._told(run, {"op": op, **data}))
 
-        def context_made(context: TaskContext) -> None:
-            self._desk.post(lambda: self._has_context(run, context))
+        def begins(context: TaskContext) -> None:
+            run.context = context  # before the look: who cancels it writes first and looks then
+            if run.cancelled or self._stopping():
+                context.cancel()
 
         def work() -> None:
-            answer = run_task(function, spec, report, context_made)
+            if run.cancelled or self._stopping():  # while it waited for its turn
+                self._desk.post(lambda: self._thrown_away(run))
+                return
+            run.started_at = time.monotonic()
+            answer = run_task(function, spec, report, begins)
             self._desk.post(lambda: self._told(run, answer))
 
-        threading.Thread(target=work, name=f"fedloom-task-{run.item.site}", daemon=True).start()
-
-    def _has_context(self, run: Run, context: TaskContext) -> None:
-        run.context = context
-        if run.cancelled or self._stopping():
-            context.cancel()
+        run.call = Call(run.item.site, work)
+        self._threads.submit(run.call)
 
     def on_idle(self, host: Host) -> None:
         """A host waits for its next task."""
@@ -358,6 +364,8 @@ class Worker:
     def _kill_run(self, run: Run, hosts: HostPool) -> None:
         if run.context is not None:
             run.context.cancel()
+        if run.call is not None:
+            self._threads.give_up(run.call)
         for host in hosts.hosts():
             if host.run is run:
                 if host.plan.lane and not host.plan.once:

@@ -48,7 +48,8 @@ class WorkerFolds:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._told = threading.Condition(self._lock)
-        self._plans: dict[str, bytes] = {}
+        self._awaited = 0  # who wait for `told`
+        self._plans: dict[str, bytes | FoldPlan] = {}  # read at the first use
         self._open: dict[str, _Open] = {}
 
     def plan(self, gather: str, plan: bytes) -> None:
@@ -79,7 +80,7 @@ class WorkerFolds:
         with self._lock:
             entry = self._open.get(gather)
             if entry is None:
-                entry = _Open(Fold(FoldPlan.from_bytes(self._plans[gather])))
+                entry = _Open(Fold(self._plan(gather)))
             if add(entry.fold) is False:
                 return False
             entry.keys.append(key)
@@ -88,12 +89,19 @@ class WorkerFolds:
         spans.end("fold", began, site=site, task=key[0])
         return True
 
+    def _plan(self, gather: str) -> FoldPlan:
+        plan = self._plans[gather]
+        if isinstance(plan, bytes):
+            plan = self._plans[gather] = FoldPlan.from_bytes(plan)
+        return plan
+
     def told(self, gather: str) -> None:
         """The answer for the result that was added last is on its way."""
-        with self._told:
+        with self._lock:
             if (entry := self._open.get(gather)) is not None:
                 entry.untold = False
-            self._told.notify_all()
+            if self._awaited:
+                self._told.notify_all()
 
     def take(self, gather: str, path: str, *, digest: bool) -> Made | None:
         """What was folded of a gather, which begins anew; None where that is nothing.
@@ -105,7 +113,9 @@ class WorkerFolds:
         """
         with self._told:
             while (entry := self._open.get(gather)) is not None and entry.untold:
+                self._awaited += 1
                 self._told.wait(_TOLD_S)
+                self._awaited -= 1
             if entry is None:
                 return None
             del self._open[gather]

@@ -202,13 +202,13 @@ class JobClient:
             )
         return str(answer["job_id"])
 
-    def info(self, job_id: str) -> JobInfo:
-        """What the broker knows of a job.
+    def info(self, job_id: str, *, sites: bool = True) -> JobInfo:
+        """What the broker knows of a job; of a large one its sites are most of it.
 
         Raises:
             FaultError: no such job.
         """
-        return JobInfo.of(self._ask("job", job_id))
+        return JobInfo.of(self._ask("job" if sites else "status", job_id))
 
     def jobs(self) -> list[JobInfo]:
         """All jobs that the broker knows, newest last."""
@@ -225,12 +225,12 @@ class JobClient:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         seen: tuple[str, int] | None = None
         while True:
-            info = self.info(job_id)
+            info = self.info(job_id, sites=False)
             if on_change is not None and seen != (info.status, info.round):
                 seen = (info.status, info.round)
                 on_change(info)
             if info.ended:
-                return info
+                return self.info(job_id)
             left = _POLL_S if deadline is None else min(_POLL_S, deadline - time.monotonic())
             if left <= 0:
                 at = f"{info.status}, round {info.round} of {info.rounds}"
@@ -248,7 +248,8 @@ class JobClient:
     def follow(self, job_id: str, after: int = 0) -> Iterator[dict[str, Any]]:
         """The same, and what is added until the job has ended."""
         while True:
-            ended = self.info(job_id).ended  # asked first: what was kept before the end comes with the next pages
+            # asked first: what was kept before the end comes with the next pages
+            ended = self.info(job_id, sites=False).ended
             for event in self.events(job_id, after):
                 after = int(event.get("seq") or after)
                 yield event

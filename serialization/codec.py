@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import msgpack
 
 from .errors import CodecError
-from .nesting import check_nesting
+from .nesting import check_nesting, few_heads, is_whole
 
 T = TypeVar("T")
 
@@ -83,7 +83,8 @@ def unpack(data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_TEXT) -
     """
     if len(data) > max_bytes:
         raise CodecError(f"{len(data)} bytes of msgpack; at most {max_bytes} here")
-    check_nesting(data, MAX_DEPTH)
+    if not few_heads(data, MAX_DEPTH) and not is_whole(data):
+        check_nesting(data, MAX_DEPTH)  # says what is wrong
     try:
         unpacked: Any = msgpack.unpackb(  # pyright: ignore
             data,
@@ -146,8 +147,7 @@ def _check_nested(value: Any, depth: int) -> None:
     elif isinstance(value, (list, tuple)):
         _check_items(typing.cast("list[Any]", value), depth)
     elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise CodecError(f"{value} in a message; numbers must be finite")
+        _check_finite(value)
     elif not isinstance(value, (int, str, bytes)):
         raise CodecError(f"{type(value).__name__} in a message; allowed are numbers, text, bytes, lists and maps")
 
@@ -156,8 +156,15 @@ def _check_items(items: Collection[Any], depth: int) -> None:
     if items and depth >= MAX_DEPTH:
         raise CodecError(f"data nested more than {MAX_DEPTH} deep")
     for item in items:
-        if type(item) not in _ATOMS:
+        if type(item) is float:
+            _check_finite(item)
+        elif type(item) not in _ATOMS:
             _check_nested(item, depth + 1)
+
+
+def _check_finite(value: float) -> None:
+    if not math.isfinite(value):
+        raise CodecError(f"{value} in a message; numbers must be finite")
 
 
 def encode_fields(message: Any) -> dict[str, Any]:
@@ -182,6 +189,9 @@ def _outline(cls: type[Any]) -> list[tuple[str, Any, bool]]:
 
 
 def _plain(value: Any) -> Any:
+    if type(value) is float:
+        _check_finite(value)
+        return value
     if isinstance(value, tuple):
         return [_plain(item) for item in typing.cast("tuple[Any, ...]", value)]
     if isinstance(value, (dict, float)):

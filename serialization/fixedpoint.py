@@ -182,6 +182,26 @@ class FixedSums:
             first = last
         return largest, count
 
+    def add_block(self, index: int, values: NDArray[Any], largest: float, weight: float, scaled: Floats) -> None:
+        """Add a tensor of one block or less, as `add` does.
+
+        Args:
+            index: the tensor.
+            values: all of its elements, float32 or float64, flat.
+            largest: max|x|, at most 2^900.
+            weight: the result's weight.
+            scaled: scratch for as many elements.
+        """
+        scale = math.ldexp(weight, self.exponents[index])
+        block, fresh = self.sums.take(index, 0, values.size, clear=False)
+        addend: Any = BIAS
+        if largest * scale <= LIMIT and largest != 0.0:
+            np.copyto(scaled, values)
+            np.multiply(scaled, scale, out=scaled)
+            np.add(scaled, MAGIC, out=scaled)
+            addend = scaled.view(np.int64)
+        _put(block, addend, None if fresh else np.add)
+
     def _addends(self, elements: Elements, scale: float) -> Ints:
         """What each code adds at this scale: those of values that are not to be added are never looked up."""
         known, known_scale, table = self._table

@@ -16,7 +16,7 @@ A result is either whole in the fold or not in it at all: what is found bad half
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +33,7 @@ from .fixedpoint import FixedSums
 from .foldmodel import NewModel, Rounding, build_model
 from .foldpartial import read_partial, write_partial
 from .foldplan import MAX_RESULTS, FoldPlan, Kind, Magnitudes
-from .foldtensors import add_pieces, pieces_of
+from .foldtensors import SmallModel, add_pieces, pieces_of
 from .foldwrite import WrittenModel, write_model
 from .header import Header
 from .model import FLModel
@@ -81,6 +81,7 @@ class Fold:
         self._lost = ""
         self._ignored: set[str] = set()
         self._scratch = Scratch()
+        self._small: SmallModel | None = None  # made for the first result that comes as its tensors
         self._built: NewModel | WrittenModel | None = None
 
     # --- results ---------------------------------------------------------------------------------------------------
@@ -145,8 +146,13 @@ class Fold:
             was added then: `add` takes them, or says what is wrong.
         """
         plan, sums = self.plan, self._sums
-        pieces = pieces_of(plan, self._places, sums.folded, tensors) if plan.exact and not plan.codec else []
-        if not pieces or self._tally.count >= MAX_RESULTS:
+        if not plan.exact or plan.codec or self._tally.count >= MAX_RESULTS:
+            return False
+        if self._small is None and SmallModel.fits(plan):
+            self._small = SmallModel(plan, sums.folded)
+        looked = self._small.look(tensors) if self._small is not None else []
+        pieces = pieces_of(plan, self._places, sums.folded, tensors) if self._small is None else []
+        if not looked and not pieces:
             return False
         try:
             contribution = self._contribution(_NOTHING[0], site, meta)
@@ -156,7 +162,9 @@ class Fold:
         except FoldError:
             return False
         sums.use(self._tally.kind or "FULL")
-        if not add_pieces(plan, sums, contribution, pieces, self._scratch):
+        if self._small is not None:
+            self._small.add(plan, sums, contribution, looked)
+        elif not add_pieces(plan, sums, contribution, pieces, self._scratch):
             self._tally.remove(contribution)
             return False
         return True
@@ -227,8 +235,8 @@ class Fold:
             meta = parse_json(header.metadata[DESCRIPTION]) if DESCRIPTION in header.metadata else {}
         contribution = read_contribution(self.plan, site, meta)
         if contribution.kind is None and any(tensor.name in self._places for tensor in header.tensors):
-            contribution = replace(contribution, kind="FULL")
-        ignored = [name for name in ignored_metrics(meta) if name not in self._ignored]
+            contribution = contribution._replace(kind="FULL")
+        ignored = [name for name in ignored_metrics(meta) if name not in self._ignored] if meta.get("metrics") else ()
         if ignored and len(self._ignored) < 1000:
             self._ignored.update(ignored)
             log.warning("metrics_ignored", site=site, names=ignored[:8], reason="no finite numbers; no mean is taken")

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .dtypes import DTYPES, is_float
-from .elements import Bytes, Elements, Scratch, elements_of
+from .elements import BLOCK, MAX_VALUE, Bytes, Elements, Floats, Scratch, elements_of, largest_of_few
+from .fixedpoint import FixedSums
 from .foldplan import FoldPlan
 from .sums import Addition, Sums
 from .tally import Contribution
@@ -77,3 +79,59 @@ def add_pieces(
     for piece, largest in zip(pieces, found, strict=True):
         sums.settle(piece.index, contribution, largest)
     return True
+
+
+#: Elements of a small model: its results, their sums and the scratch stay in a core's cache.
+_SMALL = 2 * BLOCK
+#: index, max|x|, elements
+Looked = tuple[int, float, NDArray[Any]]
+
+
+class SmallModel:
+    """How results of a small model of float32 are added: with all that the plan decides worked out once.
+
+    A result is looked at as a whole before any of it is added, so that nothing has to be undone.
+    """
+
+    __slots__ = ("_known",)
+
+    def __init__(self, plan: FoldPlan, folded: tuple[bool, ...]) -> None:
+        size = max(tensor.items for tensor in plan.tensors)
+        singles, doubles = np.empty(size, np.float32), np.empty(size, np.float64)
+        self._known: dict[Any, tuple[int, tuple[int, ...], NDArray[Any], Floats]] = {
+            tensor.name: (index, tensor.shape, singles[: tensor.items], doubles[: tensor.items])
+            for index, tensor in enumerate(plan.tensors)
+            if folded[index]
+        }
+
+    @staticmethod
+    def fits(plan: FoldPlan) -> bool:
+        """Whether results by this plan can be added so."""
+        small = all(tensor.dtype == "F32" and 0 < tensor.items <= BLOCK for tensor in plan.tensors)
+        return small and sum(tensor.items for tensor in plan.tensors) <= _SMALL
+
+    def look(self, tensors: Mapping[Any, Any]) -> list[Looked]:
+        """A result's tensors and their magnitudes; none where `pieces_of` has none, or a value is not good."""
+        out: list[Looked] = []
+        for name, value in tensors.items():
+            ours = self._known.get(name)
+            if ours is None or type(value) is not np.ndarray:
+                return []
+            index, shape, singles, _ = ours
+            array: NDArray[Any] = value
+            if array.dtype != np.float32 or array.shape != shape or not array.flags.c_contiguous:
+                return []
+            flat = array.reshape(-1)
+            largest = largest_of_few(flat, singles)
+            if not largest <= MAX_VALUE:
+                return []
+            out.append((index, largest, flat))
+        return out
+
+    def add(self, plan: FoldPlan, sums: Sums, contribution: Contribution, looked: Sequence[Looked]) -> None:
+        """Add a result's tensors to the sums and count them."""
+        assert isinstance(sums.floats, FixedSums)
+        for index, largest, flat in looked:
+            scratch = self._known[plan.tensors[index].name][3]
+            sums.floats.add_block(index, flat, largest, contribution.weight, scratch)
+            sums.settle(index, contribution, largest)

@@ -131,7 +131,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """anyone -> broker: a question or an order about jobs: "jobs", "job", "events", "rounds", "sites", "abort"."""
+    """anyone -> broker: a question or an order about jobs: "jobs", "job", "events", "rounds", "sites", "abort", ..."""
 
     KIND: ClassVar[int] = 57
     ref: Count

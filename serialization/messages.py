@@ -86,6 +86,7 @@ __all__ = [
     "Message",
     "Name",
     "OpenGather",
+    "PackedDone",
     "Packet",
     "PayloadId",
     "PayloadRef",
@@ -111,6 +112,8 @@ __all__ = [
 ]
 
 _STREAM_BYTES = 16
+#: A Done's items, where there are none.
+_NO_ITEMS = b"\xa5items\x90"
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +290,18 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedDone:
+    """broker -> job: a `Done` whose items are the bytes that the journal has of them; no other on the wire."""
+
+    KIND: ClassVar[int] = Done.KIND
+    job: JobId
+    gather: GatherId
+    items: tuple[bytes, ...]
+    partial: PayloadRef | None = None
+    partial_inline_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Fail:
     """executor -> broker: the attempt failed. Not retryable: the task's end (user code raised)."""
 
@@ -330,7 +345,7 @@ class Packet:
     sequence: int = 0
 
 
-def encode(message: Message, tail: Buffer = b"", sequence: int = 0) -> list[Buffer]:
+def encode(message: Message | PackedDone, tail: Buffer = b"", sequence: int = 0) -> list[Buffer]:
     """The frames of a message.
 
     Raises:
@@ -361,18 +376,32 @@ def encode_checked(message: Message, tail: Buffer = b"", max_tail_bytes: int = M
     return frames
 
 
-def _body(message: Message) -> bytes:
+def _body(message: Message | PackedDone) -> bytes:
     match message:
         case Grant():
             return _pack_struct(Grant.STRUCT, message.stream, message.epoch, message.next, message.limit)
         case Chunk():
             return _pack_struct(Chunk.STRUCT, message.stream, message.index, message.length, message.crc32)
+        case PackedDone():
+            return _bounded(message, _pack_done(message))
         case _:
             return _packed(message, encode_fields(message))
 
 
+def _pack_done(message: PackedDone) -> bytes:
+    """What `pack` makes of the Done with these items."""
+    bare = Done(message.job, message.gather, (), message.partial, message.partial_inline_bytes)
+    before, after = pack(encode_fields(bare)).split(_NO_ITEMS, 1)
+    count = len(message.items)
+    head = bytes((0x90 | count,)) if count < 16 else b"\xdc" + count.to_bytes(2, "big")
+    return b"".join((before, _NO_ITEMS[:-1], head, *message.items, after))
+
+
 def _packed(message: Message, values: dict[str, Any]) -> bytes:
-    body = pack(values)
+    return _bounded(message, pack(values))
+
+
+def _bounded(message: Message | PackedDone, body: bytes) -> bytes:
     if len(body) > MAX_BODY_BYTES:
         raise CodecError(
             f"{type(message).__name__} of {len(body)} bytes; at most {MAX_BODY_BYTES}:"
@@ -381,7 +410,7 @@ def _packed(message: Message, values: dict[str, Any]) -> bytes:
     return body
 
 
-def _frames(message: Message, body: bytes, tail: Buffer, sequence: int = 0) -> list[Buffer]:
+def _frames(message: Message | PackedDone, body: bytes, tail: Buffer, sequence: int = 0) -> list[Buffer]:
     envelope = pack_envelope(message.KIND, sequence, body, b"" if isinstance(message, Chunk) else tail)
     return [envelope, body, tail] if len(tail) else [envelope, body]
 

@@ -87,7 +87,8 @@ class FLModel:
             TypeError: as the constructor.
         """
         if self.params_type is not None:
-            self.params_type = ParamsType(self.params_type)
+            if type(self.params_type) is not ParamsType:
+                self.params_type = ParamsType(self.params_type)
             if self.params is None:
                 raise ValueError(f"params_type is {self.params_type.value} but there are no params: set params too")
         elif self.params is not None:

@@ -204,6 +204,14 @@ class ModelReader:
         self._had = coded_tensors(header, self._extra.get("codec"), self._extra.get("coded"))
         self._described = DESCRIPTION in header.metadata
         self._torch_made = header.metadata.get(_FORMAT) == _TORCH_FORMAT
+        self._checked = False
+        # of nothing but arrays in their order, beside a plain side of atoms, a model is made in fewer steps
+        self._flat: list[tuple[str, np.dtype[Any], tuple[int, ...], int]] = []
+        nested = any(isinstance(value, (dict, list)) for value in self._plain.values())
+        usual = all(t.stop > t.start and t.dtype != "BOOL" for t in header.tensors)
+        if usual and not nested and not self._had and not self._extra:
+            at = header.data_start
+            self._flat = [(t.name, DTYPES[t.dtype].numpy, t.shape, at + t.start) for t in header.tensors]
 
     def read(self, data: Array, framework: Framework, meta: Mapping[str, Any] | None = None) -> FLModel:
         """A model whose tensors are views of these bytes, as far as `decode_model` says so; the rest is its own.
@@ -213,6 +221,10 @@ class ModelReader:
         """
         header, extra, had = self._header, self._extra, self._had
         as_torch = framework == "pytorch" or (framework == "auto" and self._torch_made and "torch" in sys.modules)
+        if self._flat and self._checked and meta is None and not as_torch:
+            views = {name: np.ndarray(shape, kind, data, at) for name, kind, shape, at in self._flat}
+            aligned = {name: view if view.flags.aligned else view.copy() for name, view in views.items()}
+            return model_of(self._plain, aligned, None, checked=True)
         if as_torch and not data.flags.writeable:
             data = data.copy()
         body = data[header.data_start :]
@@ -236,7 +248,10 @@ class ModelReader:
         plain = dict(meta) if meta is not None else {key: deepcopy(value) for key, value in self._plain.items()}
         if self._described and plain.get("params_type") is None and not params:
             nested = None  # a model of metrics alone
-        return model_of(plain, nested, unflatten(optimizer, extra["optimizer"]) if "optimizer" in extra else None)
+        optimizer_params = unflatten(optimizer, extra["optimizer"]) if "optimizer" in extra else None
+        model = model_of(plain, nested, optimizer_params, checked=meta is None and self._checked)
+        self._checked = self._checked or meta is None
+        return model
 
 
 def layout_of(header: Header) -> dict[str, tuple[str, tuple[int, ...]]]:

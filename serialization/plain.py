@@ -17,6 +17,8 @@ MAX_PLAIN_BYTES: Final = 48 * 1024
 #: Levels of nesting in a user's metrics and meta; the message around them needs some of its 16.
 MAX_LEVELS: Final = 8
 
+#: Of these types nothing is a tensor.
+_USUAL: Final = frozenset({int, float, str, dict, list})
 _NOT_FINITE: Final = frozenset({"nan", "inf", "-inf"})
 
 
@@ -31,6 +33,15 @@ def plain_side(model: FLModel) -> dict[str, Any]:
         ValueError: as `FLModel.validate`.
         TypeError: as `FLModel.validate`.
     """
+    out = plain_fields(model)
+    size = len(pack(out))
+    if size > MAX_PLAIN_BYTES:
+        raise PayloadError(f"metrics and meta of {size} bytes; at most {MAX_PLAIN_BYTES}: put large data into params")
+    return out
+
+
+def plain_fields(model: FLModel) -> dict[str, Any]:
+    """As `plain_side`, of any size."""
     model.validate()
     out: dict[str, Any] = {}
     if model.params_type is not None:
@@ -45,21 +56,24 @@ def plain_side(model: FLModel) -> dict[str, Any]:
         out["current_round"] = model.current_round
     if model.total_rounds is not None:
         out["total_rounds"] = model.total_rounds
-    size = len(pack(out))
-    if size > MAX_PLAIN_BYTES:
-        raise PayloadError(f"metrics and meta of {size} bytes; at most {MAX_PLAIN_BYTES}: put large data into params")
     return out
 
 
-def model_of(plain: Mapping[str, Any], params: Any, optimizer_params: Any) -> FLModel:
+def model_of(plain: Mapping[str, Any], params: Any, optimizer_params: Any, *, checked: bool = False) -> FLModel:
     """A model from its plain side, which may be a stranger's, and its tensors.
+
+    Args:
+        plain: the plain side.
+        params, optimizer_params: the tensors, nested.
+        checked: whether such a plain side has been through here.
 
     Raises:
         PayloadError: the plain side is malformed, or says FULL or DIFF where there are no params.
     """
     try:
-        check_plain(dict(plain))
-        pack(dict(plain))  # JSON, unlike a message, could hold an integer of any size
+        if not checked:
+            check_plain(dict(plain))
+            pack(dict(plain))  # JSON, unlike a message, could hold an integer of any size
         kind = plain.get("params_type")
         if params is not None and kind is None:
             kind = ParamsType.FULL
@@ -120,7 +134,7 @@ def _no_constant(name: str) -> NoReturn:
 def _plain(value: Any, where: str, level: int, *, finite: bool) -> Any:
     if level > MAX_LEVELS:
         raise PayloadError(f"{where} is nested more than {MAX_LEVELS} deep")
-    if is_tensor(value) and value.ndim == 0:
+    if type(value) not in _USUAL and is_tensor(value) and value.ndim == 0:
         value = value.item()
     if value is None or isinstance(value, bool):
         return value

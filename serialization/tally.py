@@ -12,7 +12,7 @@ import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import structlog
 
@@ -31,8 +31,7 @@ _SHOWN_SITES: Final = 8
 _UNIT: Final = 1 << WEIGHT_BITS
 
 
-@dataclass(frozen=True, slots=True)
-class Contribution:
+class Contribution(NamedTuple):
     """A result's plain side as the fold counts it.
 
     Attributes:
@@ -41,6 +40,7 @@ class Contribution:
         weight: the weight in force, a float64.
         weighted: whether the result named its steps.
         metrics: numeric metrics, exact.
+        units: the weight as an integer in units of 2^-120: exact.
     """
 
     site: str
@@ -48,12 +48,7 @@ class Contribution:
     weight: float
     weighted: bool
     metrics: tuple[tuple[str, Fraction], ...]
-
-    @property
-    def units(self) -> int:
-        """The weight as an integer in units of 2^-120: exact."""
-        numerator, denominator = self.weight.as_integer_ratio()
-        return numerator << (WEIGHT_BITS - denominator.bit_length() + 1)
+    units: int
 
 
 @dataclass(slots=True)
@@ -87,7 +82,9 @@ def read_contribution(plan: FoldPlan, site: str, plain: Mapping[str, Any]) -> Co
         raise FoldError(f"result of {site} with meta or metrics that are no map")
     weighted = plan.weight_key in meta
     weight = _weight(plan, site, cast("Any", meta)[plan.weight_key] if weighted else 1)
-    return Contribution(site, kind, weight, weighted, _metrics(site, cast("Mapping[Any, Any]", metrics)))
+    numerator, denominator = weight.as_integer_ratio()
+    units = numerator << (WEIGHT_BITS - denominator.bit_length() + 1)
+    return Contribution(site, kind, weight, weighted, _metrics(site, cast("Mapping[Any, Any]", metrics)), units)
 
 
 def _weight(plan: FoldPlan, site: str, steps: Any) -> float:
@@ -207,8 +204,8 @@ class Tally:
             FoldError: as `check_kind`, or more metric names than a fold takes.
         """
         self.check_kind(contribution.kind, contribution.weighted, contribution.site)
-        fresh = sum(name not in self.metrics for name, _ in contribution.metrics)
-        if len(self.metrics) + fresh > MAX_METRICS:
+        fresh = [name for name, _ in contribution.metrics if name not in self.metrics]
+        if fresh and len(self.metrics) + len(fresh) > MAX_METRICS:
             raise MixedError(f"over {MAX_METRICS} different metric names in a round; sites must use the same names")
         self.kind, self.weighted = self.kind or contribution.kind, contribution.weighted
         self._show([contribution.site])

@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,7 +44,7 @@ COMPLETED = "FINISHED:COMPLETED"
 WORK_DIR = ".sim"
 
 #: How long between two looks at the job: a share of how long it has run, so that a short run is not mostly waiting.
-_POLL_SHARE = 0.05
+_POLL_SHARE = 0.02
 _POLL_S = (0.01, 0.2)
 #: Events of the processes' logs that the run reports in its own words.
 _REPORTED = ("task_failed", "job_failed")
@@ -196,7 +197,7 @@ class _Run:
         deadline = None if self._config.timeout_s is None else self._started + self._config.timeout_s
         begun = time.monotonic()
         while True:
-            info = client.info(job_id)
+            info = client.info(job_id, sites=False)
             if info.round > len(self._records) or info.ended:
                 self._new_rounds(client, job_id, info.rounds)
             self._reporter.show(self._view(info))
@@ -210,6 +211,8 @@ class _Run:
                     f" {info.rounds} done: the run was bounded by timeout_s"
                 )
             pipeline.check()
+            if self._records:
+                _load_ahead()
             self._died.wait(min(max(_POLL_S[0], (time.monotonic() - begun) * _POLL_SHARE), _POLL_S[1]))
 
     def _new_rounds(self, client: JobClient, job_id: str, rounds: int) -> None:
@@ -315,6 +318,12 @@ class _Run:
             pipeline.keep_logs(self._workspace / "logs")
         if not self._config.keep_store:
             shutil.rmtree(self._workspace / WORK_DIR, ignore_errors=True)
+
+
+def _load_ahead() -> None:
+    """What the end of the run needs, while the sites work."""
+    for name in ("rich.console", "rich.table", "fedloom.recipe.results"):
+        import_module(name)
 
 
 def _agent_folders(pipeline: Pipeline, job_id: str) -> list[tuple[str, Path]]:

@@ -6,6 +6,7 @@ import sys
 
 import digitsnet
 import fedloom.client as flare
+import sklearn.datasets  # noqa: F401 - for digitsnet.load: at the top, as a training script has it
 import torch
 from workload import note
 

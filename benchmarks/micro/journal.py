@@ -31,6 +31,7 @@ from fedloom.serialization.messages import (
     Hello,
     Message,
     OpenGather,
+    PackedDone,
     Packet,
     PayloadId,
     PayloadRef,
@@ -123,11 +124,11 @@ class Core:
         core.data_out.clear()
         core.state.sessions.ready.clear()
 
-    def _take(self, address: bytes) -> list[Message]:
+    def _take(self, address: bytes) -> list[Message | PackedDone]:
         """What the core has for this peer."""
         session = self._core.state.sessions.of(address)
         assert session is not None, address
-        out: list[Message] = []
+        out: list[Message | PackedDone] = []
         while session.outbox:
             out.append(session.pop()[0])
             if not session.outbox:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import runpy
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -77,6 +78,9 @@ def sim(
     from ..logs import LEVEL_VARIABLE, setup
     from ..overrides import Overrides
 
+    if not gc.isenabled():  # off since the command began
+        gc.freeze()
+        gc.enable()
     level_said = bool(log_level or os.environ.get(LEVEL_VARIABLE))
     level, json_lines = setup(log_level, log_format, default="warning")
     enable_compat(compat)
@@ -107,6 +111,15 @@ def sim(
         _run_script(job, list(script_args or ()), overrides, as_json)
     else:
         raise JobError(f"{job} does not exist: name a job script or a job folder")
+
+
+def run(options: dict[str, Any]) -> int:
+    """The command with arguments that were read without typer; the exit code."""
+    try:
+        sim(**options)
+    except typer.Exit as end:
+        return end.exit_code
+    return DONE
 
 
 def _names(clients: str | None) -> tuple[str, ...] | None:

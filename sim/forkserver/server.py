@@ -322,9 +322,10 @@ def preload(number: int, modules: Sequence[str]) -> Preloaded:
         if _unfit():
             unsafe = name
             break
-    gc.collect()
     _spare_exit_work()
-    gc.freeze()  # no later collection writes to these objects' headers, so their pages stay shared
+    # no collection writes to these objects' headers, so their pages stay shared. None is made before either: it takes
+    # as long as some of the imports, and every process would fill, and so unshare, the holes that it leaves
+    gc.freeze()
     return Preloaded(number, tuple(loaded), failed, unsafe)
 
 

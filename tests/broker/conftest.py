@@ -29,6 +29,7 @@ from fedloom.serialization.messages import (
     JobId,
     Message,
     OpenGather,
+    PackedDone,
     Packet,
     PayloadId,
     PayloadRef,
@@ -147,7 +148,7 @@ class World:
         if any(s.outbox for s in sessions.by_id.values()):
             self.turn()
 
-    def _deliver(self, address: bytes, message: Message, tail: bytes) -> None:
+    def _deliver(self, address: bytes, message: Message | PackedDone, tail: bytes) -> None:
         packet = decode(encode(message, tail))
         if address in self.peers:
             self.peers[address].got.append((packet.message, bytes(packet.tail)))

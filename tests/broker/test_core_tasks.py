@@ -13,6 +13,7 @@ from fedloom.serialization.messages import (
     Decline,
     Fail,
     Ping,
+    Progress,
     Receipt,
     Stored,
 )
@@ -187,6 +188,36 @@ def test_closing_cancels_the_rest_and_refuses_late_results(world: Any, tools: An
     client.send(Ask(1, "events", job.hello.job))
     late = [e for e in client.one(Answer).data["events"] if e["kind"] == "result_refused"]
     assert [(e["site"], e["data"]["code"]) for e in late] == [("site-2", "closed")]
+
+
+def test_the_status_counts_results_that_are_on_their_way(world: Any, tools: Any) -> None:
+    """Each once, whatever becomes of the attempt."""
+    job = world.job()
+    pool = world.executor("site-1", "site-2", "site-3")
+    job.send(*tools.opening(job, sites=("site-1", "site-2", "site-3"), min_clients=1))
+    client = world.client()
+
+    def done() -> int:
+        client.send(Ask(client.ref(), "status", job.hello.job))
+        data = client.one(Answer).data
+        assert "sites" not in data and data["site_count"] == 3
+        return data["gather"]["done"]
+
+    first, second, third = tools.work(pool)
+    for task in (first, second, second, third):
+        pool.send(Progress(task[1].task, 1, 0.5))
+        assert done() == 0
+    for counted, task in ((1, first), (2, second), (2, second)):
+        pool.send(Progress(task[1].task, 1, 1.0))
+        assert done() == counted
+    assert tools.finish(pool, first).tasks == (first[1],)
+    assert done() == 2
+    pool.send(Fail(second[1].task, 1, "site_error", retryable=True))
+    world.pass_time(3)
+    assert tools.work(pool)[0][1].attempt == 2
+    assert done() == 1
+    pool.send(Fail(third[1].task, 1, "user_code"))
+    assert done() == 1
 
 
 def test_deadline_with_and_without_enough(world: Any, tools: Any) -> None:

@@ -145,12 +145,13 @@ def test_info_from_the_body_or_the_tail(big: bool) -> None:
 def test_wait_and_its_timeout() -> None:
     link = FakeLink()
     states = iter([answer("SUBMITTED", 0), answer(), answer(), answer("FINISHED:COMPLETED", 3)])
-    link.answers["job"] = lambda ask: next(states)
+    link.answers["status"] = lambda ask: next(states)
+    link.answers["job"] = lambda ask: answer("FINISHED:COMPLETED", 3)  # at the end, with the sites
     seen: list[str] = []
     info = JobClient(link=link).wait("tiny-1", 30, lambda info: seen.append(info.status))
     assert info.ended
     assert seen == ["SUBMITTED", "RUNNING", "FINISHED:COMPLETED"]
-    link.answers["job"] = lambda ask: answer()
+    link.answers["status"] = lambda ask: answer()
     with pytest.raises(LinkTimeout, match=r"has not ended within 0 s: RUNNING, round 1 of 3"):
         JobClient(link=link).wait("tiny-1", 0)
 
@@ -176,7 +177,7 @@ def test_events_in_pages_and_followed() -> None:
     assert [event["seq"] for event in client.events("j")] == [1, 2, 3, 4, 5]
     assert [event["seq"] for event in client.events("j", 3)] == [4, 5]
     states = iter([answer(), answer("FINISHED:COMPLETED")])
-    link.answers["job"] = lambda ask: next(states)
+    link.answers["status"] = lambda ask: next(states)
     seen: list[int] = []
     for event in client.follow("j"):
         seen.append(event["seq"])

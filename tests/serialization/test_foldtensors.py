@@ -72,3 +72,24 @@ def test_what_is_not_plain_to_add_is_left_to_the_payload_and_leaves_no_trace():
     assert not Fold(FoldPlan.first(BASE, tasks=9, exact=False)).add_tensors(good.params, site="s", meta=meta)
     assert not Fold(FoldPlan.first(BASE, tasks=9, codec="fp16")).add_tensors(good.params, site="s", meta=meta)
     assert fold.add_tensors(good.params, site="site-9", meta=meta) and state(fold) != before
+
+
+def test_a_small_model_of_float32_has_a_way_of_its_own_and_the_same_bits():
+    base = {"a": np.zeros(2000, np.float32), "b": np.zeros((3, 5), np.float32)}
+    plan = FoldPlan.first(base, tasks=9)
+
+    def small(number: int, names: str = "ab", steps: float = 3, factor: float = 9.0) -> FLModel:
+        rng = np.random.default_rng(number)
+        params = {name: (rng.normal(size=base[name].shape) * factor).astype(np.float32) for name in names}
+        return FLModel(params=params, meta={"NUM_STEPS_CURRENT_ROUND": steps})
+
+    results = [small(1, "b"), small(2), small(3, factor=0.0), small(4, "a", 2**60 + 1), small(5, steps=0.1)]
+    apart, direct = both([*results, small(6, factor=1e-40), small(7, factor=1e30)], plan)
+    assert state(apart) == state(direct) and direct.count == 7
+    before, meta = state(direct), encode_model(results[0]).meta
+    for bad in (np.nan, -np.inf):
+        late = {"a": results[1].params["a"], "b": np.full((3, 5), bad, np.float32)}
+        assert not direct.add_tensors(late, site="site-0", meta=meta) and state(direct) == before
+    assert not direct.add_tensors({"b": base["b"].T.copy()}, site="site-0", meta=meta)
+    assert not direct.add_tensors({"a": base["a"]}, site="site-0", meta={"params_type": "DIFF"})
+    assert state(direct) == before

@@ -218,6 +218,16 @@ def test_values_of_other_types_are_codec_errors(message: m.Message, tail: bytes)
                 m.decode([pack_envelope(message.KIND, 0, body), body])
 
 
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 200])
+@pytest.mark.parametrize("partial", [None, MODEL])
+def test_items_packed_before_are_the_same_message(count: int, partial: m.PayloadRef | None) -> None:
+    items = tuple(m.DoneItem(TASK, n + 1, SITE, meta={"items": []}, run_s=n / 7, index=n) for n in range(count))
+    job = m.JobId("åitems")  # holds the bytes that the items' key begins with
+    packed = tuple(pack(encode_fields(item)) for item in items)
+    as_packed = m.encode(m.PackedDone(job, GATHER, packed, partial, 3), b"abc", 7)
+    assert as_packed == m.encode(m.Done(job, GATHER, items, partial, 3), b"abc", 7)
+
+
 def test_unknown_kinds() -> None:
     for kind in set(range(256)) - set(m.KINDS):
         with pytest.raises(CodecError, match=f"kind {kind} is unknown"):

@@ -8,7 +8,7 @@ import msgpack
 import pytest
 from fedloom.serialization.codec import MAX_DEPTH, pack, unpack
 from fedloom.serialization.errors import CodecError
-from fedloom.serialization.nesting import check_nesting
+from fedloom.serialization.nesting import check_nesting, few_heads, is_whole
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +35,15 @@ def test_more_items_than_bytes_are_refused() -> None:
         check_nesting(b"\xdc\xff\xff" + HEADS[:17], MAX_DEPTH)
     with pytest.raises(CodecError, match="nested more than 3 deep"):
         check_nesting(b"\xdc\x00\x01" * 4 + b"\xc0", 3)
+
+
+def test_whole_values_are_not_looked_at_item_by_item() -> None:
+    data = pack([HEADS, [1.5, {"a": b"\xdc\xff\xff"}]])
+    assert not few_heads(data, MAX_DEPTH)
+    assert is_whole(data)
+    assert not any(is_whole(data[:stop]) for stop in range(len(data)))
+    with pytest.raises(CodecError, match="nested more than 16 deep"):
+        unpack(b"\xdc\x00\x01" * 17 + b"\xc0")
 
 
 plain = st.recursive(
