@@ -105,7 +105,7 @@ def watch(
 
 @contextlib.contextmanager
 def _adopting() -> Iterator[None]:
-    """Children whose parents end stay in our tree; for so long only, since nobody else in this process collects them."""
+    """Children whose parents end stay in our tree; for no longer: nobody else collects them."""
     prctl = ctypes.CDLL(None).prctl
     prctl(_SUBREAPER, 1, 0, 0, 0)
     try:
