@@ -87,7 +87,7 @@ def _fleet(config: SimConfig, spec: JobSpec, clients: int, places: tuple[Slot, .
         functions=all(item.path.endswith(_FUNCTIONS) for item in executors),
         kept=all(item.args.get("launch_once", True) for item in executors),
         # where these are not so, results reach the controller one by one
-        prefold=config.prefold and not collects and not spec.server_input and args.get("deadline_s") is None,
+        prefold=config.prefold and not collects and not spec.server_input and not args.keys() & {"deadline_s", "straggler_patience", "after_quorum_s"},
         collects=collects,
     )
 
