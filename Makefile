@@ -8,7 +8,7 @@ SUPPORTED := import sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$p" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
-.PHONY: demo test test-fast check proof chaos bench bench-peers bench-report fuzz clean distclean venv
+.PHONY: demo test test-fast check proof chaos soak bench bench-peers bench-report fuzz clean distclean venv
 .DEFAULT_GOAL := demo
 
 demo: venv  ## a federated model, trained on real digits through the whole pipeline
@@ -31,6 +31,9 @@ proof: venv  ## the long forms: 20,000 schedules, each safeguard switched off in
 	$(BIN)/python tests/simulated/run.py --schedules 20000 --json workspace/proof/schedules.json
 	$(BIN)/python tests/simulated/run.py --mutations --limit 300
 	$(BIN)/python -m pytest -m proof -n 2 --dist loadfile --no-loadscope-reorder
+
+soak: venv  ## ten minutes of a fleet at work: what grows, and what is left over
+	$(BIN)/python tests/chaos/soak.py --seconds 600
 
 chaos: venv  ## twenty faults of each kind that hit, over real processes, sockets and disks (small disks: as root)
 	$(BIN)/python tests/chaos/run.py --faults 20 --json workspace/chaos/matrix.json

@@ -176,13 +176,23 @@ def verdict(gather: Gather, now: float) -> Verdict:
     if got >= rule.min_clients:
         if gather.quorum_at is None:
             gather.quorum_at = now
-        if rule.after_quorum_s is not None and now >= gather.quorum_at + rule.after_quorum_s:
-            return "closed", f"{got} results and {rule.after_quorum_s:g} s more"
+        extra_s = _extra_s(gather, gather.quorum_at)
+        if extra_s is not None and now >= gather.quorum_at + extra_s:
+            return "closed", f"{got} results and {extra_s:g} s more"
     if rule.deadline_s is not None and now >= gather.opened_at + rule.deadline_s:
         if got >= rule.min_clients:
             return "closed", f"deadline of {rule.deadline_s:g} s"
         return "failed", f"{got} of {rule.min_clients} results at the deadline of {rule.deadline_s:g} s"
     return "open", ""
+
+
+def _extra_s(gather: Gather, quorum_at: float) -> float | None:
+    """How long a gather that has its quorum waits for the others; None: until each of them has ended."""
+    rule = gather.spec.rule
+    waits = [] if rule.after_quorum_s is None else [rule.after_quorum_s]
+    if rule.straggler_patience is not None:
+        waits.append(rule.straggler_patience * max(0.0, quorum_at - gather.opened_at))
+    return min(waits, default=None)
 
 
 def next_check(gather: Gather) -> list[float]:
@@ -193,8 +203,8 @@ def next_check(gather: Gather) -> list[float]:
         times.append(gather.opened_at + rule.sites_s)
     if rule.deadline_s is not None:
         times.append(gather.opened_at + rule.deadline_s)
-    if rule.after_quorum_s is not None and gather.quorum_at is not None:
-        times.append(gather.quorum_at + rule.after_quorum_s)
+    if gather.quorum_at is not None and (extra_s := _extra_s(gather, gather.quorum_at)) is not None:
+        times.append(gather.quorum_at + extra_s)
     return times
 
 

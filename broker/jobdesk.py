@@ -20,6 +20,7 @@ from ..serialization.messages import (
     ClaimJob,
     CloseGather,
     Commit,
+    CommitRef,
     EndJob,
     Event,
     JobId,
@@ -68,11 +69,16 @@ class JobDesk:
         job, fresh = state.jobs.submit(message, now)
         if fresh:
             state.payloads.hold(job.archive.id, f"job:{job.id}", now)
+            self._hold_commit(job, now)
             state.payloads.release(job.archive.id, "submit")
             self._forget_oldest()
-            state.event(job.id, "submitted", now, text=job.name)
-            log.info("job_submitted", job=job.id, name=job.name)
-        state.reply(session, Answer(message.ref, {"job_id": job.id}))
+            state.event(
+                job.id, "submitted", now, text=job.name, data={"start": message.start} if message.start else None
+            )
+            log.info("job_submitted", job=job.id, name=job.name, start=message.start or None)
+        state.reply(
+            session, Answer(message.ref, {"job_id": job.id, "round": job.commit.round + 1 if job.commit else 0})
+        )
 
     def _forget_oldest(self) -> None:
         """Room for a new job: the records, models and events of those that ended first go."""
@@ -194,19 +200,25 @@ class JobDesk:
             state.require(message.model, message.state, message.best_model)
         job, _, fresh = state.jobs.commit(message)
         if fresh and (commit := job.commit) is not None:
-            for holder, refs in (
-                (f"commit:{job.id}", (commit.model, commit.state)),
-                (f"best:{job.id}", (commit.best,)),
-            ):
-                keep = {ref.id for ref in refs if ref is not None}
-                for payload in sorted(keep):
-                    state.payloads.hold(payload, holder, now)
-                state.payloads.release_all(holder, keep)
+            self._hold_commit(job, now)
             state.records.append((job.id, job.commits, commit))
             self._release(job, message.round)
             state.event(job.id, "committed", now, data={"round": message.round})
             log.info("round_committed", job=job.id, round=message.round, claim=job.claim)
         state.reply(session, Answer(message.ref, {"round": message.round}))
+
+    def _hold_commit(self, job: Job, now: float) -> None:
+        """Keep what a job's last commit names, and let go of what the one before named."""
+        commit = job.commit or CommitRef(0)
+        payloads = self._state.payloads
+        for holder, refs in (
+            (f"commit:{job.id}", (commit.model, commit.state)),
+            (f"best:{job.id}", (commit.best,)),
+        ):
+            keep = {ref.id for ref in refs if ref is not None}
+            for payload in sorted(keep):
+                payloads.hold(payload, holder, now)
+            payloads.release_all(holder, keep)
 
     def end(self, session: Session, message: EndJob, now: float) -> None:
         """The workflow returned or raised."""

@@ -56,25 +56,32 @@ class Job:
 class Jobs:
     """All jobs, by id."""
 
-    def __init__(self, start_s: float = 60.0, max_jobs: int = 10_000, max_crashes: int = CRASHES_MAX) -> None:
+    def __init__(
+        self, start_s: float = 60.0, max_jobs: int = 10_000, max_crashes: int = CRASHES_MAX, lost_s: float = 10.0
+    ) -> None:
         self.start_s = start_s
+        self.lost_s = lost_s
         self.max_jobs = max_jobs
         self.max_crashes = max_crashes
-        #: jobs that were forgotten, for the journal
+        #: jobs that were forgotten, and (from, to): jobs whose rounds another one begins with; for the journal
         self.gone: list[JobId] = []
+        self.copied: list[tuple[JobId, JobId]] = []
         self.jobs: dict[JobId, Job] = {}
         self.dirty: dict[JobId, Job] = {}
         self._active: dict[JobId, Job] = {}  # those that have not ended
         self._tokens: dict[str, JobId] = {}
 
     def load(self, jobs: Iterable[Job], now: float) -> None:
-        """Take journaled jobs in; a running one's process has ``start_s`` to come back."""
+        """Take journaled jobs in; a running one's process has ``lost_s`` to come back, as after any cut.
+
+        One that was claimed just before and is still loading is given out twice then; the claim fences the first.
+        """
         for job in jobs:
             self.jobs[job.id] = job
             self._tokens[job.token] = job.id
             if not job.ended:
                 self._active[job.id] = job
-            job.claim_until = now + self.start_s
+            job.claim_until = now + self.lost_s
 
     def get(self, job: str) -> Job:
         """The job of this id.
@@ -99,7 +106,8 @@ class Jobs:
         """A new job, or the one that this token submitted before; and whether it is new.
 
         Raises:
-            FaultError: ``job_exists`` (the wanted id is taken), ``job_id``, ``too_many``.
+            FaultError: ``job_exists`` (the wanted id is taken), ``job_id``, ``too_many``; ``unknown_job``,
+                ``not_ended`` of the one to start with.
         """
         known = self._tokens.get(message.token)
         if known is not None:
@@ -115,11 +123,21 @@ class Jobs:
             text = f"{self.max_jobs} jobs are here that have not ended (max_jobs): wait for some, or raise it"
             raise FaultError("too_many", text, bound="max_jobs")
         job = Job(job_id, message.token, message.name, message.archive, dict(message.meta), now)
+        if message.start:
+            self._begin_with(job, self.get(message.start))
         self.jobs[job_id] = job
         self._active[job_id] = job
         self._tokens[message.token] = job_id
         self._touch(job)
         return job, True
+
+    def _begin_with(self, job: Job, before: Job) -> None:
+        """Let a new job go on behind the last commit of one that has ended; its rounds are the new one's too."""
+        if not before.ended:
+            text = f"job {before.id} is {before.status}: it goes on by itself; abort it first, or wait for its end"
+            raise FaultError("not_ended", text)
+        job.commit, job.commits = before.commit, before.commits
+        self.copied.append((before.id, job.id))
 
     def forget_oldest(self) -> list[Job]:
         """Where there are more jobs than ``max_jobs``, those that ended first are forgotten; returns them."""

@@ -172,6 +172,7 @@ class Journal:
             changes.clear()
         jobs.dirty.clear()
         jobs.gone.clear()
+        jobs.copied.clear()
         payloads.ops.clear()
         return True
 
@@ -202,6 +203,10 @@ class Journal:
             "INSERT OR REPLACE INTO commits VALUES(?,?,?,?)",
             [(job, ordinal, commit.round, pack(commit.record)) for job, ordinal, commit in records],
         )
+        for before, job in jobs.copied:
+            self._db.execute(
+                "INSERT INTO commits SELECT ?, ordinal, round, record FROM commits WHERE job=?", (job, before)
+            )
         for job in jobs.gone:
             self.event_seq.pop(job, None)
             for table, key in (("jobs", "id"), ("commits", "job"), ("events", "job"), ("sites", "job")):

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from ..serialization.codec import encode_fields, pack
 from ..serialization.errors import FaultError
+from ..serialization.jobmessages import START_FEATURE
 from ..serialization.messages import (
     INLINE_BYTES,
     CommitRef,
@@ -80,7 +81,7 @@ class BrokerState:
         self.epoch = epoch
         self.ledger = Ledger(settings.limits, seed)
         self.bounds = Bounds()
-        self.jobs = Jobs(settings.start_s, settings.max_jobs, settings.max_crashes)
+        self.jobs = Jobs(settings.start_s, settings.max_jobs, settings.max_crashes, settings.timing.lost_s)
         self.sessions = Sessions(settings.timing)
         self.payloads = PayloadTable()
         self.quota = Quota(
@@ -138,6 +139,7 @@ class BrokerState:
             spool_dir=str(self.spool.root) if settings.trust_local else "",
             spool_token=self.spool.token if settings.trust_local else "",
             integrity=settings.integrity,
+            features=(START_FEATURE,),
         )
 
     # ------------------------------------------------------------ records

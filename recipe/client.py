@@ -8,8 +8,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +19,9 @@ from ..serialization.archive import unpack_archive, write_archive
 from ..serialization.codec import decode_fields, unpack
 from ..serialization.envelope import Buffer
 from ..serialization.errors import CodecError, FaultError, FedloomError, JobError, LinkError, LinkTimeout
+from ..serialization.jobmessages import START_FEATURE
 from ..serialization.jobspec import JobSpec
-from ..serialization.messages import Answer, Ask, Hello, JobId, PayloadId, PayloadRef, SubmitJob
+from ..serialization.messages import Answer, Ask, Hello, JobId, PayloadId, PayloadRef, SubmitJob, Welcome
 from .intake import job_folder
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ class JobInfo:
 class _Link(Protocol):
     """The part of `broker.link.Link` that a client uses."""
 
+    @property
+    def welcome(self) -> Welcome | None: ...
     def start(self, timeout_s: float = 30.0) -> Any: ...
     def next_ref(self) -> int: ...
     def request(self, message: Any, tail: Buffer = b"", timeout_s: float = 60.0) -> tuple[Any, Buffer]: ...
@@ -159,12 +162,23 @@ class JobClient:
 
     # ------------------------------------------------------------ jobs
 
-    def submit(self, job: str | Path, *, token: str = "") -> str:
+    def is_of(self, info: JobInfo, job: Path) -> bool:
+        """Whether a job was submitted with exactly what this folder holds now."""
+        from ..serialization.digest import digest_file
+
+        with tempfile.TemporaryDirectory(prefix="fedloom-compare-") as temporary:
+            archive = Path(temporary) / "job.tar"
+            with archive.open("wb") as file:
+                write_archive(job, file)
+            return info.archive is not None and info.archive.digest == digest_file(archive)
+
+    def submit(self, job: str | Path, *, token: str = "", start: str = "") -> str:
         """Submit a job folder, or an archive of one, and return the job's id.
 
         Args:
             job: the folder, as `recipe.export` writes it; one of NVFLARE's is converted on the way.
             token: the same token twice submits the job once.
+            start: a job that has ended, behind whose last commit this one goes on.
 
         Raises:
             JobError: the folder is not a job.
@@ -172,6 +186,10 @@ class JobClient:
         """
         from ..serialization.digest import digest_file
 
+        if start and not (self._link.welcome and START_FEATURE in self._link.welcome.features):
+            raise FaultError(
+                "too_old", f"the broker is older than this client and cannot start behind {start}'s rounds"
+            )
         job = Path(job).expanduser()
         with tempfile.TemporaryDirectory(prefix="fedloom-submit-") as temporary, ExitStack() as stack:
             archive = job
@@ -191,6 +209,7 @@ class JobClient:
                     token=token or secrets.token_hex(16),
                     name=spec.name,
                     archive=ref,
+                    start=JobId(start),
                     meta={
                         "min_clients": spec.min_clients,
                         "num_rounds": spec.num_rounds,
@@ -201,6 +220,42 @@ class JobClient:
                 )
             )
         return str(answer["job_id"])
+
+    def clone(self, job_id: str) -> str:
+        """Submit a job that the broker knows once more, from its start; returns the new job's id.
+
+        Raises:
+            FaultError: no such job, or the broker refused it.
+        """
+        with self._archive_of(self.info(job_id)) as archive:
+            return self.submit(archive)
+
+    def resume(self, job_id: str, job: str | Path | None = None) -> str:
+        """Let a job that failed or was aborted go on behind its last committed round, as a new job; returns its id.
+
+        The rounds committed before are the new job's too. What the sites kept in their own state went with the old job.
+
+        Args:
+            job: a job folder to go on with, such as the same one with its fault mended; default: the job as it was.
+
+        Raises:
+            FaultError: no such job, it has not ended, or (without ``job``) there is nothing left to do.
+        """
+        info = self.info(job_id)
+        if job is not None:
+            return self.submit(job, start=job_id)
+        if info.status == "FINISHED:COMPLETED":
+            text = f"job {job_id} has done all of its {info.rounds} rounds: name a job folder with more, or clone it"
+            raise FaultError("completed", text)
+        with self._archive_of(info) as archive:
+            return self.submit(archive, start=job_id)
+
+    @contextmanager
+    def _archive_of(self, info: JobInfo) -> Generator[Path]:
+        if info.archive is None:
+            raise FaultError("unexpected", f"the broker's answer names no archive of job {info.job_id}")
+        with tempfile.TemporaryDirectory(prefix="fedloom-again-") as temporary:
+            yield self.fetch(info.archive, Path(temporary) / "job.tar")
 
     def info(self, job_id: str, *, sites: bool = True) -> JobInfo:
         """What the broker knows of a job; of a large one its sites are most of it.

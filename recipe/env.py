@@ -45,6 +45,7 @@ class SimEnv(Env):
             ``./fedloom-workspace``. A folder of the job's name that fedloom made is moved to ``<name>.previous``.
         seed: instead of the job's own.
         profile: write where the time of the rounds went to ``profile/`` in the result folder, and show it at the end.
+        resume: go on with the job that the last run in the workspace left unfinished; begin anew if there is none.
         show_progress: a live line on standard error.
         gpu_memory_share: the part of each of its GPUs' memory that a worker may take: a number such as 0.5, or "equal"
             for as much as the others on the GPU have; default: no bound.
@@ -67,6 +68,7 @@ class SimEnv(Env):
         *,
         seed: int | None = None,
         profile: bool = False,
+        resume: bool = False,
         show_progress: bool = True,
         check: bool = True,
         gpu_memory_share: float | str | None = None,
@@ -85,6 +87,7 @@ class SimEnv(Env):
             workspace_root=Path(workspace_root) if workspace_root else None,
             seed=None if seed is None else whole(seed, "seed"),
             profile=profile,
+            resume=resume,
             log_level=check_level(log_level or log_config, "warning"),
             show_progress=show_progress,
             extra=extra or {},

@@ -177,6 +177,7 @@ class FedAvgOptions(TypedDict, total=False):
     exact: bool
     sample: int
     deadline_s: float | None
+    straggler_patience: float | None
     sites_s: float
     # SelectionOptions
     key_metric: str

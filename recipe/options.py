@@ -241,6 +241,8 @@ class AggregationOptions:
         exact: add in fixed point, the same bits in any order; False: a float32 running mean, faster and half as large.
         sample: how many of the connected sites work on a round, drawn from the seed; 0: all.
         deadline_s: close a round after so many seconds if ``min_clients`` results are there, else fail it; None: never.
+        straggler_patience: once ``min_clients`` results are there, wait for the others so many times as long as those
+            took: 0.5 is half as long again, 0 closes the round at once; None: until each has come or failed.
         sites_s: seconds to wait for ``min_clients`` sites to connect, and for a lost one to return.
     """
 
@@ -249,6 +251,7 @@ class AggregationOptions:
     exact: bool = True
     sample: int = 0
     deadline_s: float | None = None
+    straggler_patience: float | None = None
     sites_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -261,6 +264,8 @@ class AggregationOptions:
         number(self.sites_s, "sites_s")
         if self.deadline_s is not None:
             number(self.deadline_s, "deadline_s", positive=True)
+        if self.straggler_patience is not None:
+            number(self.straggler_patience, "straggler_patience")
         if self.exclude_vars:
             try:
                 re.compile(self.exclude_vars)
@@ -280,6 +285,8 @@ class AggregationOptions:
             args["sample"] = self.sample
         if self.deadline_s is not None:
             args["deadline_s"] = float(self.deadline_s)
+        if self.straggler_patience is not None:
+            args["straggler_patience"] = float(self.straggler_patience)
         if self.sites_s != AggregationOptions.__dataclass_fields__["sites_s"].default:
             args["sites_s"] = float(self.sites_s)
         return args

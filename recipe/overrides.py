@@ -32,6 +32,7 @@ class Overrides:
     max_clients: int | None = None
     seed: int | None = None
     profile: bool = False
+    resume: bool = False
     log_level: str | None = None
     log_json: bool | None = None
     show_progress: bool | None = None

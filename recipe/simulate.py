@@ -19,7 +19,7 @@ from .intake import job_folder
 from .notes import note
 from .options import whole
 from .run import ABORTED, COMPLETED
-from .workspace import previous, run_folder
+from .workspace import UNFINISHED, is_ours, previous, run_folder
 
 if TYPE_CHECKING:
     from ..sim.launcher import SimResult
@@ -40,6 +40,7 @@ _OWN_FIELDS = frozenset(
         "gpu_memory_share",
         "seed",
         "profile",
+        "resume",
         "show_progress",
         "log_level",
         "log_json",
@@ -60,6 +61,7 @@ class SimOptions:
     max_clients: int | None = None
     seed: int | None = None
     profile: bool = False
+    resume: bool = False
     log_level: str = "warning"
     log_json: bool = False
     show_progress: bool = True
@@ -94,6 +96,7 @@ class SimOptions:
             max_clients=_first(by.max_clients, self.max_clients),
             seed=_first(by.seed, self.seed),
             profile=by.profile or self.profile,
+            resume=by.resume or self.resume,
             log_level=by.log_level or self.log_level,
             log_json=self.log_json if by.log_json is None else by.log_json,
             show_progress=self.show_progress if by.show_progress is None else by.show_progress,
@@ -242,13 +245,19 @@ def _run(
     from ..sim.launcher import SimConfig, run_simulation  # only now: it is slow, and what is wrong was said before
 
     place = options.workspace_for(spec.name)
-    if folder is not None and (inner := folder.expanduser().resolve()).is_relative_to(place):
+    resumed = options.resume and is_ours(place) and (place / UNFINISHED).is_file()
+    if options.resume and not resumed:
+        note(f"nothing to resume in {place}: the job begins anew")
+    if not resumed and folder is not None and (inner := folder.expanduser().resolve()).is_relative_to(place):
         folder = previous(place) / inner.relative_to(place)  # the last run's own job: it moves away with it
-    with run_folder(place) as workspace:
+    with run_folder(place, resume=resumed) as workspace:
         source = workspace / "job"
         if job is not None:
+            if resumed:
+                shutil.rmtree(source, ignore_errors=True)
             job.export(source)
-        else:
+        elif _given(folder).expanduser().resolve() != source:
+            shutil.rmtree(source, ignore_errors=True)
             _copy(_given(folder), source)
         return run_simulation(SimConfig(**sim_settings(options, source, workspace, sites, seed, threads)))
 
@@ -266,6 +275,7 @@ def sim_settings(
         "workspace": workspace,
         "seed": seed,
         "profile": options.profile,
+        "resume": options.resume,
         "show_progress": options.show_progress,
         "log_level": options.log_level,
         "log_json": options.log_json,
@@ -317,6 +327,10 @@ def raise_failure(result: SimResult) -> None:
         error = GatherError(result.reason or f"job {result.job_id} ended as {result.status}")
     if result.result_dir.is_dir():
         error.add_note(f"logs and results: {result.result_dir}")
+    if result.unfinished:
+        from ..sim.committed import RESUME_HINT
+
+        error.add_note(RESUME_HINT)
     raise error
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from ..serialization.errors import JobError, StorageError
 
 MARKER = ".fedloom"
+#: In a simulation's folder while its job is not done: which job the store beside this file holds.
+UNFINISHED = Path(".sim", "job.json")
 
 
 def is_ours(folder: Path) -> bool:
@@ -75,13 +77,17 @@ def _move_away(folder: Path, what: str) -> None:
 
 
 @contextmanager
-def run_folder(folder: Path) -> Generator[Path]:
-    """The folder of one simulation, held for as long as it runs.
+def run_folder(folder: Path, *, resume: bool = False) -> Generator[Path]:
+    """The folder of one simulation, held for as long as it runs; with ``resume`` an unfinished one's as it was left.
 
     Raises:
         JobError: another simulation runs there, or fedloom did not make the folder.
         StorageError: the disk refused.
     """
+    if resume and is_ours(folder) and (folder / UNFINISHED).is_file():
+        with _held(folder):
+            yield folder
+        return
     if is_ours(folder):
         with _held(folder):
             pass  # nobody else runs there: it may be moved away

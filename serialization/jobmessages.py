@@ -11,9 +11,10 @@ from .vocabulary import NO_JOB, NO_SITE, Count, GatherKey, JobKey, Name, Payload
 
 @dataclass(frozen=True, slots=True)
 class SubmitJob:
-    """client -> broker: a job whose archive is stored. Answered by Answer {"job_id"}.
+    """client -> broker: a job whose archive is stored. Answered by Answer {"job_id", "round"}.
 
-    ``token`` makes repeats harmless.
+    ``token`` makes repeats harmless. With ``start`` it goes on behind another job's last commit: a broker that knows
+    this says so by the feature ``start`` in its Welcome; one that does not would begin anew.
     """
 
     KIND: ClassVar[int] = 50
@@ -23,6 +24,11 @@ class SubmitJob:
     archive: PayloadRef
     job: JobKey = NO_JOB  # wanted id; "" lets the broker choose
     meta: dict[str, Any] = field(default_factory=dict)
+    start: JobKey = NO_JOB
+
+
+#: The feature of a broker that knows ``SubmitJob.start``.
+START_FEATURE = "start"
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,12 +118,22 @@ _NO_ITEMS = b"\xa5items\x90"
 
 @dataclass(frozen=True, slots=True)
 class CloseRule:
-    """When a gather closes: all tasks ended, or the quorum reached and the extra wait over, or the deadline."""
+    """When a gather closes: all tasks ended, or the quorum reached and the extra wait over, or the deadline.
+
+    The extra wait is ``after_quorum_s``, or ``straggler_patience`` times as long as the quorum took, whichever ends
+    first. With neither every task is waited for.
+    """
 
     min_clients: Annotated[int, Limit(low=1, high=1_000_000)] = 1
     deadline_s: Seconds | None = None  # from opening; at the deadline min_clients results close it, fewer fail it
-    after_quorum_s: Seconds | None = None  # None: wait for every task
+    after_quorum_s: Seconds | None = None
     sites_s: Seconds = 60.0  # how long to wait for min_clients sites to connect, and for a lost site to return
+    straggler_patience: Annotated[float, Limit(low=0, high=1_000_000)] | None = None
+
+    @property
+    def waits_for_all(self) -> bool:
+        """Whether it closes only when every task has ended: then results may wait to be sent together."""
+        return self.deadline_s is None and self.after_quorum_s is None and self.straggler_patience is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 from ..serialization.errors import FedloomError, LinkError, ProcessError
 from .pipeline import Pipeline
 
-__all__ = ["Committed"]
+__all__ = ["RESUME_HINT", "Committed"]
+
+RESUME_HINT = "to go on with it: the same command with --resume, or SimEnv(resume=True)"
 
 #: Whoever presses Ctrl-C does not wait much longer than this and the processes' end.
 KEEP_S = 1.0
@@ -31,16 +33,19 @@ class Committed:
         self._problem = f"not written within {KEEP_S:g} s"
 
     @contextmanager
-    def kept(self, job_id: str, seen: Sequence[Any]) -> Generator[None]:
+    def kept(self, job_id: str, seen: Sequence[Any], unfinished: Callable[[], bool]) -> Generator[None]:
         """Whatever ends the job's run too early, keep its results first; a note of the error says where they are.
 
         ``seen`` are the rounds that the run has heard of till then: without any, there is nothing to be missed.
+        ``unfinished``: whether another run can go on with the job.
         """
         try:
             yield
         except (KeyboardInterrupt, LinkError, ProcessError) as error:
             if words := self._keep(job_id, bool(seen)):
                 error.add_note(words)
+            if unfinished():
+                error.add_note(RESUME_HINT)
             raise
 
     def _keep(self, job_id: str, some: bool) -> str:
@@ -64,7 +69,7 @@ class Committed:
         try:
             # a link of its own: the run's may be closed by now, or was interrupted half-way through a request
             with JobClient(self._pipeline.endpoint, connect_s=KEEP_S, timeout_s=KEEP_S) as client:
-                client.abort(job_id)  # no round is committed, and no model removed, while they are read
+                self._pipeline.end_work()  # no round is committed, and no model removed, while they are read
                 write_results(client, job_id, self._workspace, logs=False)
             rounds = len(read_metrics(self._workspace))
         except (FedloomError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import sys
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import structlog
 
 from ..broker.link import Link
+from ..recipe.workspace import UNFINISHED
 from ..serialization.errors import LinkError, LinkTimeout
 from ..serialization.jobspec import JobSpec
 from ..serialization.messages import Hello
@@ -49,6 +51,8 @@ _POLL_S = (0.01, 0.2)
 #: Events of the processes' logs that the run reports in its own words.
 _REPORTED = ("task_failed", "job_failed")
 _CONNECT_S = 10.0
+#: After so long without its connection a process of the run that is resumed is dead: all of them are.
+_GONE_S = 0.5
 #: A broker on this machine that says nothing for so long hangs.
 _SILENCE_S = 60.0
 
@@ -64,6 +68,8 @@ class SimResult:
     rounds: tuple[Record, ...] = ()
     failures: tuple[SiteFailure, ...] = ()
     seconds: float = 0.0
+    #: Whether another run in the same workspace can go on with the job.
+    unfinished: bool = False
 
     @property
     def completed(self) -> bool:
@@ -105,6 +111,7 @@ def run_simulation(config: SimConfig) -> SimResult:
         if config.profile:
             _profile(config, workspace, warm, shield, stack)
         work_dir = workspace / WORK_DIR
+        resumed = (workspace / UNFINISHED).is_file()
         settings = PipelineSettings(
             work_dir,
             sites,
@@ -114,7 +121,7 @@ def run_simulation(config: SimConfig) -> SimResult:
             "debug" if config.log_level == "debug" else "info",
             config.log_json,
             config.env,
-            config.broker,
+            {**({"lost_s": _GONE_S} if resumed else {}), **config.broker},
             config.agent,
         )
         return _Run(config, spec, workspace, started, shield).go(warm, settings, stack)
@@ -145,6 +152,8 @@ class _Run:
         key = next((w.args["key_metric"] for w in spec.workflows if w.args.get("key_metric")), "accuracy")
         self._key_metric = str(key)
         self._reporter: Reporter = SilentReporter()
+        self._note = workspace / UNFINISHED
+        self._unfinished = False
 
     def go(self, warm: Warm, settings: PipelineSettings, stack: ExitStack) -> SimResult:
         from ..recipe.client import JobClient
@@ -158,18 +167,39 @@ class _Run:
             self._reporter = make_reporter(sys.stderr, key_metric=self._key_metric)
         stack.callback(self._reporter.close)
         self._reporter.show(View(f"starting {len(settings.sites)} sites, {len(settings.slot_envs)} at once"))
+        self._put_aside()
         pipeline.start()
         link = self._connect(pipeline, stack)
         stack.callback(self._shield.run, warm.close)  # whatever ends the run, the processes go first
         client = JobClient(pipeline.endpoint, link=link, timeout_s=_SILENCE_S)
         with _deaths_told(pipeline):
-            job_id = client.submit(self._workspace / "job")
-        with committed.kept(job_id, self._records), _deaths_told(pipeline):
+            job_id = self._submit(client)
+        with committed.kept(job_id, self._records, lambda: self._unfinished), _deaths_told(pipeline):
             self._show_files(pipeline, job_id)
             info = self._watch(client, pipeline, job_id)
             failures = self._failures(pipeline, info)
             self._reporter.close()
             return self._collect(client, pipeline, info, failures)
+
+    def _submit(self, client: JobClient) -> str:
+        """A new job; or the one that the last run left: itself, or if it cannot go on, one behind its commits."""
+        job = self._workspace / "job"
+        before = str(json.loads(self._note.read_text())["job_id"]) if self._note.is_file() else ""
+        if before:
+            info = client.info(before)
+            same = client.is_of(info, job)
+            if not info.ended and not same:
+                client.abort(before)
+            job_id = before if same and not info.ended else client.submit(job, start=before)
+            self._records += client.rounds(job_id)
+            self._unfinished = bool(self._records)
+            self._reporter.note(f"{job_id} goes on behind {len(self._records)} committed rounds")
+        else:
+            job_id = client.submit(job)
+        part = self._note.with_suffix(".part")
+        part.write_text(json.dumps({"job_id": job_id}))
+        part.replace(self._note)
+        return job_id
 
     def _connect(self, pipeline: Pipeline, stack: ExitStack) -> Link:
         token = secrets.token_hex(8)
@@ -198,6 +228,8 @@ class _Run:
         begun = time.monotonic()
         while True:
             info = client.info(job_id, sites=False)
+            # a round, or results of the first one: worth going on with
+            self._unfinished = info.status != COMPLETED and bool(info.round or self._view(info).done)
             if info.round > len(self._records) or info.ended:
                 self._new_rounds(client, job_id, info.rounds)
             self._reporter.show(self._view(info))
@@ -287,6 +319,7 @@ class _Run:
             tuple(self._records),
             tuple(dict.fromkeys((*failures, *told))),
             seconds,
+            self._unfinished,
         )
 
     def _show_files(self, pipeline: Pipeline, job_id: str) -> None:
@@ -295,6 +328,14 @@ class _Run:
             with suppress(OSError):
                 place.mkdir(parents=True, exist_ok=True)
                 (self._workspace / name).symlink_to(place.relative_to(self._workspace), target_is_directory=True)
+
+    def _put_aside(self) -> None:
+        """The logs and files of a job that had ended when it was left: the one that goes on has its own."""
+        for name in ("logs", "sites"):
+            folder, before = self._workspace / name, self._workspace / f"{name}.before"
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(before, ignore_errors=True)
+                folder.rename(before)
 
     def _keep_files(self, pipeline: Pipeline, job_id: str) -> None:
         for name, place in _agent_folders(pipeline, job_id):
@@ -309,14 +350,14 @@ class _Run:
         pipeline.stopping()
         for name in ("logs", "sites"):
             link = self._workspace / name
-            if link.is_symlink():
+            if link.is_symlink() and not self._unfinished:
                 place = link.resolve()
                 link.unlink()
                 if place.is_dir():
                     place.rename(link)
         with suppress(OSError):
             pipeline.keep_logs(self._workspace / "logs")
-        if not self._config.keep_store:
+        if not self._config.keep_store and not self._unfinished:
             shutil.rmtree(self._workspace / WORK_DIR, ignore_errors=True)
 
 

@@ -193,6 +193,13 @@ class Pipeline:
         agent.terminate()
         return agent.wait(grace_s) is not None
 
+    def end_work(self) -> None:
+        """End the job's process and the sites' at once, by those whose they are; what was committed stays readable."""
+        self.stopping()
+        for role in ("controller", "agent"):
+            if (process := self._processes.get(role)) is not None and process.poll() is None:
+                process.kill()
+
     def stopping(self) -> None:
         """From now on the end of a process is no surprise."""
         with self._lock:

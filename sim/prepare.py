@@ -43,6 +43,7 @@ class SimConfig:
         log_level: which lines of the processes' logs are shown while it runs; all from "info" on are in ``logs/``.
         timeout_s: the run's bound; None: as long as it takes.
         grace_s: how long scripts may go on after the job has ended.
+        resume: go on with the job that the last run here left unfinished, if there is one.
         keep_store: leave the broker's store and the agent's workspace in ``.sim/``.
         on_round: called with each committed round's record, within a fifth of a second of the commit.
         env, broker, agent: see `PipelineSettings`.
@@ -63,6 +64,7 @@ class SimConfig:
     log_json: bool = False
     timeout_s: float | None = None
     grace_s: float = 10.0
+    resume: bool = False
     keep_store: bool = False
     on_round: Callable[[dict[str, Any]], None] | None = None
     env: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
@@ -96,13 +98,14 @@ def place_workspace(config: SimConfig, stack: ExitStack) -> Path:
     workspace = config.workspace.expanduser().resolve()
     if config.job_folder.resolve() == workspace / "job":
         return workspace  # whoever put the job there holds the folder
-    return stack.enter_context(run_folder(workspace))
+    return stack.enter_context(run_folder(workspace, resume=config.resume))
 
 
 def place_job(config: SimConfig, workspace: Path, sites: tuple[str, ...]) -> JobSpec:
     """The job in its place, with the run's sites and seed in it."""
     folder = workspace / "job"
     if config.job_folder.resolve() != folder:
+        shutil.rmtree(folder, ignore_errors=True)  # of the run that is resumed
         shutil.copytree(config.job_folder, folder, ignore=shutil.ignore_patterns(*SKIPPED_NAMES, "*.pyc"))
     spec = JobSpec.load(folder)
     wanted = replace(spec, sites=sites, seed=spec.seed if config.seed is None else config.seed)

@@ -59,6 +59,9 @@ class FedAvg(Workflow):
         aggregator_format: what such an object gets: "numpy" arrays or "pytorch" tensors.
         memory_gc_rounds: give free memory back to the system after every so many rounds; 0: never.
         deadline_s: close a round after so long if ``min_clients`` results are there, else fail it.
+        straggler_patience: once ``min_clients`` results are there, wait for the others so many times as long as those
+            took; None: until each has come or failed.
+        after_quorum_s: at most so many seconds, likewise.
         sites_s: how long to wait for ``min_clients`` sites to connect, and for a lost one to return.
         checkpoint_bytes: payload bytes between checkpoints of a round's aggregate.
 
@@ -88,6 +91,8 @@ class FedAvg(Workflow):
         aggregator_format: Literal["numpy", "pytorch"] = "numpy",
         memory_gc_rounds: int = 0,
         deadline_s: float | None = None,
+        straggler_patience: float | None = None,
+        after_quorum_s: float | None = None,
         sites_s: float = 60.0,
         checkpoint_bytes: int | None = None,
         task: str = "train",
@@ -110,7 +115,7 @@ class FedAvg(Workflow):
         self.best_model_filename = best_model_filename
         self.sample = sample
         self.task = task
-        self.rule = CloseRule(min_clients=min_clients, deadline_s=deadline_s, sites_s=sites_s)
+        self.rule = CloseRule(min_clients, deadline_s, after_quorum_s, sites_s, straggler_patience)
         self.checkpoint_bytes = checkpoint_bytes
         self.memory_gc_rounds = memory_gc_rounds
         self.aggregator_format: Literal["numpy", "pytorch"] = aggregator_format
@@ -199,7 +204,7 @@ class FedAvg(Workflow):
             sample=self.sample,
             rule=self.rule,
             fold=None if plan is None else plan.to_bytes(),
-            partials=plan is not None and self.rule.deadline_s is None,
+            partials=plan is not None and self.rule.waits_for_all,
             config={"total_rounds": self.num_rounds},
         )
 

@@ -28,6 +28,7 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
 Timeout = Annotated[
     float | None, typer.Option("--timeout", metavar="SECONDS", min=0.0, help="Exit with 4 if it takes longer.")
 ]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait for the job's end, and exit as it did.")]
 
 
 def _client(broker: str | None, connect_s: float) -> JobClient:
@@ -36,6 +37,18 @@ def _client(broker: str | None, connect_s: float) -> JobClient:
 
     setup(default="error")  # what goes wrong is said once, by the command
     return JobClient(broker, connect_s=connect_s)
+
+
+def _go_on(client: JobClient, job_id: str, said: str, wait: bool, timeout: float | None, as_json: bool) -> None:
+    """Say that a job was submitted; or wait for its end, and exit so."""
+    if not wait and as_json:
+        print_json({"job_id": job_id})
+    elif not as_json:
+        typer.echo(said.format(job_id))
+        if not wait:
+            typer.echo(f"watch it with: fedloom job wait {job_id}", err=True)
+    if wait:
+        _ended(client.wait(job_id, timeout, None if as_json else _say), as_json)
 
 
 def _ended(info: JobInfo, as_json: bool) -> None:
@@ -54,7 +67,7 @@ def _ended(info: JobInfo, as_json: bool) -> None:
 def submit(
     job_folder: Annotated[Path, typer.Argument(metavar="JOB_FOLDER", help="A folder, as recipe.export writes it.")],
     broker: Broker = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the job's end, and exit as it did.")] = False,
+    wait: Wait = False,
     timeout: Timeout = None,
     as_json: Json = False,
     connect_timeout: ConnectTimeout = 10.0,
@@ -67,18 +80,43 @@ def submit(
         if folder.is_dir() or not folder.exists():
             JobSpec.load(folder)  # what is wrong with it is said before a broker is looked for
         with _client(broker, connect_timeout) as client:
-            job_id = client.submit(folder)
-            if not wait:
-                if as_json:
-                    print_json({"job_id": job_id})
-                else:
-                    typer.echo(f"submitted {job_id}")
-                    typer.echo(f"watch it with: fedloom job wait {job_id}", err=True)
-                return
-            if not as_json:
-                typer.echo(f"submitted {job_id}")
-            info = client.wait(job_id, timeout, None if as_json else _say)
-    _ended(info, as_json)
+            _go_on(client, client.submit(folder), "submitted {}", wait, timeout, as_json)
+
+
+@app.command()
+@command
+def clone(
+    job_id: JobId,
+    broker: Broker = None,
+    wait: Wait = False,
+    timeout: Timeout = None,
+    as_json: Json = False,
+    connect_timeout: ConnectTimeout = 10.0,
+) -> None:
+    """Submit a job that the broker knows once more, from its start."""
+    with _client(broker, connect_timeout) as client:
+        _go_on(client, client.clone(job_id), f"submitted {{}}, a clone of {job_id}", wait, timeout, as_json)
+
+
+@app.command()
+@command
+def resume(
+    job_id: JobId,
+    job_folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="[JOB_FOLDER]", help="Go on with this folder, such as the job with its fault mended."),
+    ] = None,
+    broker: Broker = None,
+    wait: Wait = False,
+    timeout: Timeout = None,
+    as_json: Json = False,
+    connect_timeout: ConnectTimeout = 10.0,
+) -> None:
+    """Let a job that failed or was aborted go on behind its last committed round, as a new job."""
+    with _client(broker, connect_timeout) as client:
+        rounds = client.info(job_id).round
+        said = f"submitted {{}}: {job_id} goes on behind {rounds} committed round{'s' * (rounds != 1)}"
+        _go_on(client, client.resume(job_id, job_folder), said, wait, timeout, as_json)
 
 
 @app.command("list")

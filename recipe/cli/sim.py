@@ -69,6 +69,9 @@ def sim(
         bool,
         typer.Option("--profile", help="Show where the rounds' time went, and write it to profile/ in the result."),
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the last run in the workspace was ended; else begin anew.")
+    ] = False,
     compat: Compat = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
@@ -97,6 +100,7 @@ def sim(
         seed=seed,
         plan=plan,
         profile=profile,
+        resume=resume,
         log_level=level if level_said else None,
         log_json=json_lines,
         show_progress=not as_json and not json_lines,

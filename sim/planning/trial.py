@@ -32,6 +32,8 @@ MEASURED_ROUNDS = 2
 _QUOTA_SHARE = 0.8  # of the disk's free space, as the broker takes it where nobody says a quota
 _FUNCTIONS = "FunctionExecutor"
 _HALVES = frozenset({"F16", "BF16"})
+#: With one of these a round may close before every result is there, which are sent one by one then.
+_CLOSE_EARLY = frozenset({"deadline_s", "straggler_patience", "after_quorum_s"})
 
 
 def plan_simulation(config: SimConfig) -> Plan:
@@ -87,7 +89,7 @@ def _fleet(config: SimConfig, spec: JobSpec, clients: int, places: tuple[Slot, .
         functions=all(item.path.endswith(_FUNCTIONS) for item in executors),
         kept=all(item.args.get("launch_once", True) for item in executors),
         # where these are not so, results reach the controller one by one
-        prefold=config.prefold and not collects and not spec.server_input and args.get("deadline_s") is None,
+        prefold=config.prefold and not (collects or spec.server_input or args.keys() & _CLOSE_EARLY),
         collects=collects,
     )
 

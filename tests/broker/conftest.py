@@ -222,7 +222,7 @@ def opening(job: Peer, **fields: Any) -> tuple[OpenGather, bytes]:
     return message, pack({"sites": list(sites)}) if sites else b""
 
 
-RULE = {"min_clients", "deadline_s", "after_quorum_s", "sites_s"}
+RULE = {"min_clients", "deadline_s", "after_quorum_s", "sites_s", "straggler_patience"}
 
 
 def work(executor: Peer, *, accept: bool = True) -> list[tuple[Assign, TaskRef, str]]:

@@ -40,6 +40,7 @@ SHAPES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("", {"rule": CloseRule(2, None, None, 8.0), "sample": 3, "partials": True}),
     ("", {"rule": CloseRule(1, 6.0, 0.5, 20.0), "sample": 0, "partials": True}),
     ("abcd", {"rule": CloseRule(2, 60.0, 1.0, 30.0), "sample": 2, "max_attempts": 1, "partials": True}),
+    ("abcd", {"rule": CloseRule(2, None, 9.0, 30.0, 0.5)}),
     ("ab", {"rule": CloseRule(3)}),
 )
 #: How a Done may be wrong.

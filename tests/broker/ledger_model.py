@@ -5,6 +5,7 @@ The machines in `test_ledger_machine` and `test_journal_machine` do everything t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -166,10 +167,19 @@ class Model(settle_model.Results):
             return
         if enough and book.quorum_at is None:
             book.quorum_at = now
-        waited = rule.after_quorum_s is not None and enough and now >= (book.quorum_at or 0) + rule.after_quorum_s
+        waited = enough and now >= self._waits_until(book)
         over = rule.deadline_s is not None and now >= book.opened_at + rule.deadline_s
         if waited or over:
             self._finish(book, "closed" if enough else "failed")
+
+    def _waits_until(self, book: Book) -> float:
+        rule, quorum_at = book.rule, book.quorum_at
+        if quorum_at is None:
+            return math.inf
+        extra_s = math.inf if rule.after_quorum_s is None else rule.after_quorum_s
+        if rule.straggler_patience is not None:
+            extra_s = min(extra_s, rule.straggler_patience * (quorum_at - book.opened_at))
+        return quorum_at + extra_s
 
     def _finish(self, book: Book, state: str) -> None:
         book.state = state
@@ -340,8 +350,8 @@ class Model(settle_model.Results):
                 yield book.opened_at + rule.sites_s, "gather", book.id
             if book.live and rule.deadline_s is not None:
                 yield book.opened_at + rule.deadline_s, "gather", book.id
-            if book.live and rule.after_quorum_s is not None and book.quorum_at is not None:
-                yield book.quorum_at + rule.after_quorum_s, "gather", book.id
+            if book.live and (until := self._waits_until(book)) < math.inf:
+                yield until, "gather", book.id
             for task in book.tasks.values():
                 if task.ended:
                     continue

@@ -250,6 +250,27 @@ def test_after_quorum(world: Any, tools: Any) -> None:
     assert job.take(Receipt)[-1].state == "closed", "the time of the quorum survives a restart"
 
 
+def test_patience_with_stragglers_goes_by_what_the_quorum_took(world: Any, tools: Any) -> None:
+    job = world.job()
+    a, b = world.executor("site-1"), world.executor("site-2")
+    rule = {"sites": ("site-1", "site-2"), "min_clients": 1, "straggler_patience": 0.5}
+    job.send(*tools.opening(job, **rule))
+    late = tools.work(b)[0]
+    world.pass_time(8)
+    tools.finish(a, tools.work(a)[0])
+    world.pass_time(3.5)
+    assert [r.state for r in job.take(Receipt)] == ["open"]
+    world.restart()
+    job.connect()
+    job.send(*tools.opening(job, **rule, have=1))
+    world.pass_time(1)
+    receipt = job.take(Receipt)[-1]
+    assert (receipt.state, receipt.reason) == ("closed", "1 results and 4 s more")
+    b.connect()
+    refused = tools.finish(b, late).refused
+    assert [item.code for item in refused] == ["closed"]
+
+
 # ---------------------------------------------------------------- site state
 
 

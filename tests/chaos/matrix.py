@@ -21,7 +21,6 @@ parties = load(__file__, "parties")
 jobs = load(__file__, "job")
 
 SITES = 4
-WORK_S = 0.25
 #: How long a fault may take until something moves again, and a job until it ends: over it the row is wrong.
 RECOVERY_S = 90.0
 END_S = 180.0
@@ -108,7 +107,12 @@ class Run:
         folder = self.folder / "job"
         folder.mkdir()
         job = jobs.ChaosJob(
-            folder, sites=SITES, rounds=rounds, elements=row.elements, function=row.function, work_s=WORK_S
+            folder,
+            sites=SITES,
+            rounds=row.rounds or rounds,
+            elements=row.elements,
+            function=row.function,
+            work_s=row.work_s,
         )
         calm = job.undisturbed()
         exported = job.export()
@@ -159,7 +163,7 @@ class Run:
         row, out, fleet = self.row, self.outcome, self.fleet
         if not parties.until(lambda: fleet.training() and (p := self._progress()) and p.working, 30):
             return
-        time.sleep(self.chance.uniform(0, 1.2 * WORK_S))  # not a wait for something: where in the round it strikes
+        time.sleep(self.chance.uniform(0, 1.2 * row.work_s))  # not a wait for something: where in the round it strikes
         seen = self._progress()
         if seen is None or not seen.working:
             return

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,15 @@ class Parties:
     """All parties of one run; ``keep`` starts again what has ended, as a service manager does."""
 
     def __init__(
-        self, children: Any, folder: Path, ports: tuple[int, int], *, sites: Sequence[str], streamed: bool, seed: int
+        self,
+        children: Any,
+        folder: Path,
+        ports: tuple[int, int],
+        *,
+        sites: Sequence[str],
+        streamed: bool,
+        seed: int,
+        bounds: Mapping[str, float] | None = None,
     ) -> None:
         self.children = children
         self.folder = folder
@@ -51,7 +59,7 @@ class Parties:
         self.control = FaultProxy(front, broker, seed)
         self.data = FaultProxy(front + 1, broker + 1, seed + 1)
         self.endpoint = f"tcp://127.0.0.1:{front}"
-        sets = [word for name, value in TIMES.items() for word in ("--set", f"{name}={value}")]
+        sets = [word for name, value in (TIMES | dict(bounds or {})).items() for word in ("--set", f"{name}={value}")]
         self._streamed = {"FEDLOOM_NO_LOCAL": "1"} if streamed else {}
         self.all: dict[str, Party] = {}
         self._lock = threading.RLock()
@@ -69,6 +77,10 @@ class Parties:
     def _add(self, name: str, *argv: str) -> Party:
         party = self.all[name] = Party(name, argv, self._streamed)
         return party
+
+    def extra_controller(self) -> Party:
+        """A hot standby."""
+        return self._add("controller again", "controller", "--broker", self.endpoint, *self._logs)
 
     def second(self, site: str) -> Party:
         """Another machine for a site, which is not started yet: its own workspace, the same name."""
@@ -113,7 +125,8 @@ class Parties:
     # ------------------------------------------------------------ faults
 
     def kill(self, *pids: int) -> int:
-        """kill -9, all at once; how many were alive."""
+        """kill -9, all at once; how many were alive. 0 stands for nobody, and is no process group here."""
+        pids = tuple(filter(None, pids))
         with self._lock:
             hit = sum(alive(pid) for pid in pids)
             for pid in pids:

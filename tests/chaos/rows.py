@@ -30,6 +30,7 @@ class Row:
         wire: it goes on all the time once ``inject`` was called; hits are read from this.
         elements: float32 numbers of the model.
         streamed: results and models go through the proxy rather than by files.
+        work_s, rounds: how long a site trains, and another number of rounds: many short ones make many messages.
         medium: where the store lies on a small file system of its own: ``"spool"``, ``"journal"``.
     """
 
@@ -43,6 +44,8 @@ class Row:
     function: bool = False
     second: bool = False
     medium: str = ""
+    work_s: float = 0.25
+    rounds: int = 0
 
 
 def _site(fleet: Any, chance: Any) -> str:
@@ -157,7 +160,7 @@ ROWS = {
         Row("a bit flipped in 1% of the chunks", _flip_chunks, wire=lambda fleet: fleet.data.counts.flipped,
             elements=4 * MIB, streamed=True),
         Row("a bit flipped in 0.1% of the control messages", _flip_control,
-            wire=lambda fleet: fleet.control.counts.flipped, elements=1000),
+            wire=lambda fleet: fleet.control.counts.flipped, elements=1000, work_s=0.01, rounds=400),
         Row("disk full in the spool", _fill, _empty, lasts_s=1.0, elements=MIB, streamed=True, medium="spool"),
         Row("disk full in the journal", _fill, _empty, lasts_s=1.0, medium="journal"),
     )

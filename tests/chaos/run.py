@@ -103,6 +103,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the parties end with this process
     found: list[dict[str, Any]] = []
     left_out: list[str] = []
+    if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
     for name in args.rows or rows.ROWS:
         if rows.ROWS[name].medium and not may_mount():
             left_out.append(name)

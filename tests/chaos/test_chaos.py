@@ -50,3 +50,11 @@ def test_the_proxy_flips_what_it_counts() -> None:
         begins = len(stream) - 2 * len(long) - 2
         assert counts.frames == counts.flipped == len(changed) == 2
         assert begins + 9 <= changed[0] < begins + len(long) and len(stream) - 300 <= changed[1]
+
+
+@pytest.mark.proof
+def test_nothing_grows_and_nothing_is_left_over(children: Any, workspace: Path) -> None:
+    out = load(__file__, "soak").soak(children, workspace, 60.0, seed=3)
+    assert not out.wrong, out
+    assert out.jobs >= 4 and sum(out.faults.values()) >= 5
+    assert max(out.growth.values()) < 8, out

@@ -17,6 +17,7 @@ class FakeSimResult:
     result_dir: Path
     reason: str = ""
     failures: tuple[SiteFailure, ...] = ()
+    unfinished: bool = False
 
 
 @dataclass

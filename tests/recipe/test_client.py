@@ -14,7 +14,7 @@ from fedloom.serialization.codec import encode_fields, pack
 from fedloom.serialization.digest import digest_file
 from fedloom.serialization.errors import FaultError, JobError, LinkError, LinkTimeout
 from fedloom.serialization.jobspec import Component, ExecutorSpec, JobSpec
-from fedloom.serialization.messages import Answer, Ask, PayloadId, PayloadRef, SubmitJob
+from fedloom.serialization.messages import Answer, Ask, PayloadId, PayloadRef, SubmitJob, Welcome
 
 
 def job_folder(root: Path) -> Path:
@@ -38,6 +38,7 @@ class FakeLink:
         self.big = False
         self.local: Path | None = None
         self.closed = False
+        self.welcome: Welcome | None = None
 
     def start(self, timeout_s: float = 30.0) -> None: ...
 
@@ -95,6 +96,17 @@ def test_submit_sends_the_archive_and_what_the_broker_shows(tmp_path: Path) -> N
     assert JobSpec.load(tmp_path / "out") == JobSpec.load(folder)
     client.close()
     assert not link.closed  # it was lent
+
+
+def test_an_older_broker_would_begin_anew_and_is_not_asked(tmp_path: Path) -> None:
+    link = FakeLink()
+    link.welcome = Welcome("s", "e")
+    with pytest.raises(FaultError, match="older than this client"):
+        JobClient(link=link).submit(job_folder(tmp_path), start="tiny-0")
+    assert not link.submitted
+    link.welcome = Welcome("s", "e", features=("start",))
+    JobClient(link=link).submit(job_folder(tmp_path), start="tiny-0")
+    assert [message.start for message in link.submitted] == ["tiny-0"]
 
 
 def test_submit_an_archive(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_the_hello_example_as_its_app_alone(tmp_path: Path) -> None:
             {
                 "num_rounds": 3,
                 "min_clients": 2,
+                "after_quorum_s": 10,
                 "task": "train",
                 "exclude_vars": "head",
                 "aggregation_weights": {"site-1": 2.0},

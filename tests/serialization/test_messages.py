@@ -137,7 +137,7 @@ SAMPLES: list[tuple[m.Message, bytes]] = [
     (m.Finish(STREAM, "ab" * 32), b""),
     (m.Stored(STREAM, 9, MODEL, (ONE,), (m.Refusal(TASK, 1, "stale", "attempt 2 is current", True),)), b""),
     (m.Abort(STREAM, "quota", "site-1 is over its quota", 10.0), b""),
-    (m.SubmitJob(11, "token", "digits", BLOB, JOB, {"sites": ["site-1"]}), b""),
+    (m.SubmitJob(11, "token", "digits", BLOB, JOB, {"sites": ["site-1"]}, m.JobId("job-0")), b""),
     (m.ClaimJob(12, JOB, 2, "its controller was stopped", True), b""),
     (m.Claimed(12, JOB, 3, "digits", BLOB, {"rounds": 5}, m.CommitRef(2, MODEL, BLOB, MODEL, {"round": 2})), b""),
     (m.Checkpoint(13, JOB, 3, GATHER, MODEL, 100), b""),
@@ -148,6 +148,8 @@ SAMPLES: list[tuple[m.Message, bytes]] = [
     (m.Answer(16, {"job_id": "job-1"}), pack({"events": []})),
     (m.Fault("stale", "attempt 1; the current one is 2", 17, 99, True), b""),
 ]
+#: Fields that the first version's messages did not have.
+LATER = {"SubmitJob": {"start"}}
 IDS = [type(message).__name__ for message, _ in SAMPLES]
 
 
@@ -181,6 +183,18 @@ def test_golden_frames(message: m.Message, tail: bytes) -> None:
     assert m.decode(golden) == m.Packet(message, tail, message.KIND)
     views = [memoryview(bytearray(frame)) for frame in golden]
     assert m.decode(views).message == message
+
+
+@pytest.mark.parametrize("file", sorted((GOLDEN / "first").glob("*.hex")), ids=lambda file: file.stem)
+def test_frames_that_the_first_version_sent_are_read(file: Path) -> None:
+    """So that parties can be upgraded one by one: what it knew is what it was, what came later has its default."""
+    packet = m.decode([bytes.fromhex(line) for line in file.read_text().splitlines()])
+    sample, tail = next((message, tail) for message, tail in SAMPLES if type(message).__name__ == file.stem)
+    assert type(packet.message) is type(sample)
+    assert bytes(packet.tail) == tail
+    later = {field.name for field in fields(sample) if getattr(packet.message, field.name) == field.default}
+    assert later == LATER.get(file.stem, set())
+    assert replace(sample, **{name: getattr(packet.message, name) for name in later}) == packet.message
 
 
 @pytest.mark.parametrize(("message", "tail"), SAMPLES, ids=IDS)

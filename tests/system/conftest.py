@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,3 +181,16 @@ class Cluster:
 @pytest.fixture
 def cluster(children: Any, workspace: Path, endpoint: str) -> Cluster:
     return Cluster(children, workspace, endpoint)
+
+
+@pytest.fixture
+def until() -> Callable[..., None]:
+    """Wait for something to become true."""
+
+    def wait(check: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not check():
+            assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+            threading.Event().wait(0.05)
+
+    return wait
