@@ -261,7 +261,7 @@ def test_what_does_not_belong_on_the_data_link(ground: Any, wire: Callable[..., 
 def test_a_question_that_is_none(ground: Any, wire: Callable[..., Any]) -> None:
     peer = wire()
     peer.send(Ask(3, "passwords"))
-    fault = peer.refused("unknown_question", "'passwords' is no question; ask for job, jobs, events")
+    fault = peer.refused("unknown_question", "'passwords' is no question; ask for job, status, jobs, events")
     assert fault.ref == 3
     peer.send(Ask(4, "job", JobId("no-such")))
     peer.refused("unknown_job", "no job 'no-such' here")

@@ -68,28 +68,3 @@ def test_a_command_ends_as_the_interpreter_would(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, *map(str, files)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (7, "thread\nexit handler\n", "")
     assert [file.read_bytes() for file in files] == [b"kept", b"kept"]
-
-
-def test_structlog_works_without_what_it_imports_for_others() -> None:
-    script = (
-        "import sys\n"
-        "from fedloom.serialization.processes import setup_logging\n"
-        "assert not {'asyncio', 'rich'} & set(sys.modules)\n"
-        "import structlog\n"
-        "for lines in (True, False):\n"
-        "    setup_logging('info', lines)\n"
-        "    try:\n"
-        "        1 / 0\n"
-        "    except ZeroDivisionError:\n"
-        "        structlog.get_logger().exception('told', job='one')\n"
-        "assert not {'asyncio', 'rich'} & set(sys.modules)\n"
-        "structlog.configure(processors=[structlog.dev.ConsoleRenderer(colors=False)])\n"
-        "try:\n"
-        "    1 / 0\n"
-        "except ZeroDivisionError:\n"
-        "    structlog.get_logger().exception('drawn')\n"
-        "assert 'rich' in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("ZeroDivisionError") == 3
