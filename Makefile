@@ -8,6 +8,9 @@ SUPPORTED := import sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$p" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
+# hundreds of processes start in a test run: each would compile all that it imports
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-fast check proof chaos soak bench bench-peers bench-report fuzz clean distclean venv
 .DEFAULT_GOAL := demo
 
