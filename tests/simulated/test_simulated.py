@@ -49,7 +49,7 @@ def test_what_failed_once_does_not_fail_again(tmp_path: Path) -> None:
     assert figures(tmp_path, "--regressions")["total"]["schedules"] == len(lines) >= 20
 
 
-@pytest.mark.parametrize("safeguard", ["acknowledge_before_commit", "no_repeat_check"])
+@pytest.mark.parametrize("safeguard", ["acknowledge_before_commit", "ignore_the_claim"])
 def test_the_room_notices_a_missing_safeguard(safeguard: str) -> None:
     done = run("--mutations", safeguard, "--limit", "60")
     assert done.returncode == 0, done.stdout + done.stderr
