@@ -43,7 +43,7 @@ log = structlog.get_logger(__name__)
 
 COMPLETED = "FINISHED:COMPLETED"
 #: The run's own folder in the workspace: the broker's store, the agent's workspace, the processes' logs.
-WORK_DIR = ".sim"
+WORK_DIR = UNFINISHED.parent
 
 #: How long between two looks at the job: a share of how long it has run, so that a short run is not mostly waiting.
 _POLL_SHARE = 0.02

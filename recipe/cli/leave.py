@@ -21,6 +21,7 @@ def leave(code: int) -> NoReturn:
 
     Threads are joined, exit handlers run, and files that the script has left open are written out.
     """
+    # the interpreter's own first two steps, for which there are no public names
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
     # by its type, not by isinstance: that asks objects for their class, and some load something to answer

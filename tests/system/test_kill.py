@@ -60,7 +60,12 @@ def test_executor_with_half_an_upload_sent(
 
 @pytest.mark.parametrize("momentum", [False, True], ids=["stateless", "momentum"])
 def test_controller_after_k_of_n_folds(
-    cluster: Any, jobs: Any, undisturbed: Callable[..., str], sha256: Callable[[Path], str], momentum: bool
+    cluster: Any,
+    jobs: Any,
+    undisturbed: Callable[..., str],
+    sha256: Callable[[Path], str],
+    until: Callable[..., None],
+    momentum: bool,
 ) -> None:
     """The job's process dies with two of three results folded: the next one folds them again, no site trains twice."""
     calm = undisturbed(momentum=momentum)
@@ -71,7 +76,7 @@ def test_controller_after_k_of_n_folds(
     job_id = cluster.submit(jobs.export(momentum=momentum))
     # the armed process dies again and again at its second fold: another controller must take over
     cluster.children.all[0].says("broker_ready", 30)
-    _until(lambda: cluster.faults_hit(), "the fault point was reached")
+    until(lambda: cluster.faults_hit(), "the fault point was reached")
     cluster.children.all[1].kill()
     cluster.controller()
     assert sha256(cluster.result(job_id)) == calm
@@ -81,7 +86,11 @@ def test_controller_after_k_of_n_folds(
 
 
 def test_controller_behind_a_checkpoint(
-    cluster: Any, jobs: Any, undisturbed: Callable[..., str], sha256: Callable[[Path], str]
+    cluster: Any,
+    jobs: Any,
+    undisturbed: Callable[..., str],
+    sha256: Callable[[Path], str],
+    until: Callable[..., None],
 ) -> None:
     """Each result is checkpointed and freed at once; the next process goes on from the checkpoint."""
     options = {"elements": 20_000}
@@ -96,7 +105,7 @@ def test_controller_behind_a_checkpoint(
     server["workflows"][0]["args"]["checkpoint_bytes"] = 1
     config.write_text(json.dumps(server))
     job_id = cluster.submit(folder)
-    _until(lambda: cluster.faults_hit(), "the fault point was reached")
+    until(lambda: cluster.faults_hit(), "the fault point was reached")
     cluster.children.all[1].kill()
     successor = cluster.controller()
     assert sha256(cluster.result(job_id)) == calm
@@ -148,13 +157,3 @@ def test_training_script_killed(
 def plain(text: str) -> str:
     """Without a terminal's colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
-
-
-def _until(check: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
-    import threading
-    import time
-
-    deadline = time.monotonic() + timeout_s
-    while not check():
-        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
-        threading.Event().wait(0.05)
