@@ -133,7 +133,7 @@ class Agent:
         self._collector = Collector(desk)
         self._channel = ChannelServer(self._from_channel)
         self._worker = Worker(desk, self._channel, self._spawner, self._collector, self._stopping.is_set)
-        self._collector.workers = self._worker.hosts
+        self._collector.workers = self._worker
         self._preparer = Preparer(desk, self._functions)
         self._told_free = desk.free
         welcome = desk.link.start(config.connect_s)

@@ -39,7 +39,7 @@ _NEWS_AT_ONCE = 20
 class Workers(Protocol):
     """What asks worker processes for what they have folded."""
 
-    def flush(self, id: str, gather: str, path: str, digest: bool) -> bool: ...
+    def flush(self, id: str, gather: Gather, path: str, digest: bool) -> bool: ...
 
 
 class Collector:
@@ -247,7 +247,7 @@ class Collector:
         local = self._desk.link.local
         path = self._desk.outbox.partial_path(name) if local is None else local.incoming_path(name)
         self._asked[share.host, share.gather[1]] = (path, name if local is not None else "")
-        if not self.workers.flush(share.host, share.gather[1], str(path), self._desk.digest):
+        if not self.workers.flush(share.host, share.gather, str(path), self._desk.digest):
             log.debug("worker_not_reached", host=share.host)  # its end is on its way
 
     def handed_over(self, worker: str, job: str, message: Map) -> None:

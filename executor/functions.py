@@ -241,7 +241,7 @@ def run_task(
     failed: Map = {"op": "failed", "task": spec.task, "attempt": spec.attempt}
     try:
         returned = _called(function, spec, context)
-        result = folded(returned, spec, context, folds) if folds is not None else None
+        result = folded(returned, spec, context, folds) if folds is not None and not context.cancelled else None
         result = result or write_result(returned, spec, context.state)
     except FedloomError as error:
         trace = error.__traceback__
@@ -268,9 +268,12 @@ def folded(returned: object, spec: TaskSpec, context: TaskContext, folds: Worker
     plainly = plain_result(returned, spec)
     encoded = encode_result(returned, spec) if plainly is None else None
     wrote_state = save_state(context.state, spec)  # first: what is in a partial does not come out of it again
-    if plainly is not None and folds.add_tensors(spec.fold, key, plainly[0], spec.site, plainly[1]):
-        return TaskResult(0, "", plainly[1], None, "", wrote_state, folded=True)
-    encoded = encoded or encode_result(returned, spec)
+    try:
+        if plainly is not None and folds.add_tensors(spec.fold, key, plainly[0], spec.site, plainly[1]):
+            return TaskResult(0, "", plainly[1], None, "", wrote_state, folded=True)
+        encoded = encoded or encode_result(returned, spec)
+    except MixedError:
+        return None  # the plan is not here
     try:
         folds.add(spec.fold, key, encoded, spec.site, encoded.meta)
     except MixedError:

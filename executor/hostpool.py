@@ -16,6 +16,7 @@ import structlog
 
 from .channel import ChannelServer, Map
 from .hosts import HostProcess, HostRequest, Spawner, describe_exit, log_size
+from .prefold import Gather
 from .runs import MAX_PLANS, Run, mark_of
 from .siteoutput import salvage
 from .taskio import TaskSpec
@@ -186,11 +187,11 @@ class HostPool:
                 del host.plans[next(iter(host.plans))]
             self._channel.send(connection, {"op": "plan", "gather": gather, "plan": run.work.plan})
 
-    def flush(self, id: str, gather: str, path: str, digest: bool) -> bool:
+    def flush(self, id: str, gather: Gather, path: str, digest: bool) -> bool:
         """Ask a worker for what it has folded of a gather; False where there is no such worker any more."""
         host = self._by_id.get(id)
         connection = host.task_connection if host is not None else None
-        message = {"op": "flush", "gather": gather, "path": path, "digest": digest}
+        message = {"op": "flush", "gather": gather[1], "path": path, "digest": digest}
         return connection is not None and self._channel.send(connection, message)
 
     def cancel(self, host: Host, run: Run) -> None:

@@ -64,7 +64,7 @@ def task_spec(
         cwd=jobs.site_place(assign.job, item.site) if serves_any else "",  # made by who works there
         settings=_settings(run, jobs) if job is not None else {},
         filters=_filters(run, jobs) if job is not None else {},
-        fold=assign.gather if work.in_workers and serves_any else "",
+        fold=assign.gather if work.in_workers else "",
     )
 
 

@@ -73,7 +73,7 @@ class Preparer:
             got = desk.cache.fetch(message.fold, self._fetch)
             work.plan = got.read_bytes() if isinstance(got, Path) else got
             desk.cache.unpin(message.fold.id)
-            work.in_workers = len(work.plan) <= _MAX_PLAN_BYTES and self._in_workers(work)
+            work.in_workers = self._in_process(work) or (len(work.plan) <= _MAX_PLAN_BYTES and self._in_workers(work))
         spans.end("fetch", began, round=message.round)
 
     def _pays(self, work: Work) -> bool:
@@ -96,6 +96,15 @@ class Preparer:
         if work.function is not None or payload is None or not work.assign.partials or not functions:
             return False
         return work.known >= PAYS_A_WORKER * workers and _SUM_BYTES * payload.size * workers <= self._memory
+
+    @staticmethod
+    def _in_process(work: Work) -> bool:
+        """Whether results of embedded functions are folded where they are made: of small models, since a partial of
+        one result alone is twice its size.
+        """
+        payload = work.assign.payload
+        small = payload is not None and payload.size <= INLINE_BYTES
+        return work.function is not None and small and work.known >= PAYS_A_WORKER
 
     def _settings(self, job: JobFolder, message: Assign, site: str, known: dict[int, Settings]) -> Settings:
         """What works on these tasks at a site.

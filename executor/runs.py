@@ -34,7 +34,7 @@ class Work:
     function: TaskFunction | None = None  # embedded: runs in a thread of this process
     payload: Path | bytes | None = None
     plan: bytes | None = None  # the fold's, where results may be folded here
-    in_workers: bool = False  # folded in the worker processes that run the tasks
+    in_workers: bool = False  # folded where the tasks run: in worker processes, or this process's own threads
     prepared: bool = False  # the pool thread is done with it
     pinned: bool = False  # the payload is in the cache, and kept there
     open: int = 0  # tasks not finished: the payload stays pinned as long

@@ -12,18 +12,17 @@ from typing import Any
 
 import structlog
 
-from ..serialization.codec import check_plain, unpack
+from ..serialization.codec import unpack
 from ..serialization.errors import FedloomError
 from ..serialization.messages import Event, JobId, Progress, Site
 from .channel import ChannelServer, Map
 from .collector import Collector
 from .config import parked_by_memory
-from .context import TaskContext, TaskFunction
 from .desk import Desk
-from .embedded import Call, FunctionThreads
-from .functions import run_task
 from .hostpool import Host, HostPool
 from .hosts import Spawner, log_tail
+from .inprocess import HERE, InProcess
+from .prefold import Gather
 from .runs import Run
 from .script import ScriptExecutor
 from .sitelogs import SiteLogs
@@ -61,13 +60,14 @@ class Worker:
         self._limits_at = 0.0
         self._memories = Memories()
         self._starts = Starts(desk, self.hosts, self.logs, self._memories)
-        self._threads = FunctionThreads(config.capacity)
+        self._here = InProcess(desk, self, stopping)
 
     def end_job(self, job: str) -> None:
         """The job is over: its hosts may finish what they do behind their loop, its files go after them."""
         for host in [host for host in self.hosts.hosts() if host.plan.job == job]:
             self.hosts.stop(host, max(host.plan.grace_s, self._desk.config.stop_grace_s))
         self.logs.flush(job, time.monotonic())
+        self._here.forget(job)
         self.forget_job(job)
 
     def forget_job(self, job: str) -> None:
@@ -92,7 +92,7 @@ class Worker:
         for run in self._desk.runs.values():
             if run.context is not None:
                 run.context.cancel()
-        self._threads.close()
+        self._here.close()
         self.hosts.close(grace_s, drain)
         for job in {host_job for host_job, _ in self.logs.watched()}:
             self.logs.flush(job, time.monotonic(), closed=True)
@@ -118,38 +118,21 @@ class Worker:
         try:
             self._starts.describe(run)
             if run.work.function is not None:
-                self._embedded(run, run.work.function)
+                self._here.begin(run, run.work.function)
                 for other in self._starts.along(run, slot):
                     with self._desk.answering(other):
-                        self._embedded(other, run.work.function)
+                        self._here.begin(other, run.work.function)
             else:
                 self._starts.give(run, slot)
         except (FedloomError, OSError) as error:
             self._desk.fail(run, "job", f"{run.item.site} cannot start the task: {error}")
 
-    def _embedded(self, run: Run, function: TaskFunction) -> None:
-        spec = run.spec
-        assert spec is not None
-
-        def report(op: str, data: dict[str, Any]) -> None:
-            check_plain(data)  # in the caller's thread, who can do something about it
-            self._desk.post(lambda: self._told(run, {"op": op, **data}))
-
-        def begins(context: TaskContext) -> None:
-            run.context = context  # before the look: who cancels it writes first and looks then
-            if run.cancelled or self._stopping():
-                context.cancel()
-
-        def work() -> None:
-            if run.cancelled or self._stopping():  # while it waited for its turn
-                self._desk.post(lambda: self._thrown_away(run))
-                return
-            run.started_at = time.monotonic()
-            answer = run_task(function, spec, report, begins)
-            self._desk.post(lambda: self._told(run, answer))
-
-        run.call = Call(run.item.site, work)
-        self._threads.submit(run.call)
+    def flush(self, id: str, gather: Gather, path: str, digest: bool) -> bool:
+        """Ask a worker for what it has folded of a gather; False where there is no such worker any more."""
+        if id != HERE:
+            return self.hosts.flush(id, gather, path, digest)
+        self._here.flush(*gather, path, digest)
+        return True
 
     def on_idle(self, host: Host) -> None:
         """A host waits for its next task."""
@@ -163,7 +146,7 @@ class Worker:
     def on_message(self, host: Host, message: Map) -> None:
         """A host's word about its task."""
         if message["op"] == "partial":
-            self._collector.handed_over(host.id, host.plan.job, message)
+            self.handed_over(host.id, host.plan.job, message)
             return
         if message["op"] == "results":
             self._folded(host, message["items"])
@@ -172,7 +155,7 @@ class Worker:
             if message["op"] == "event":
                 self._desk.event(host.plan.job, host.plan.lane.partition("/")[2], message)
             return
-        self._told(host.run, message, host)
+        self.told(host.run, message, host)
 
     def on_ended(self, host: Host, run: Run | None, behind: Sequence[Run]) -> None:
         """A host is gone; its unanswered task with it, and what it had folded."""
@@ -187,7 +170,7 @@ class Worker:
         if plan.lane and not host.stopping and not host.left and not plan.once:
             self._memories.lose(plan.lane)
         if run is not None and run.cancelled:
-            self._thrown_away(run)
+            self.thrown_away(run)
         elif run is not None and run.key in self._desk.runs:
             self._unanswered(host, run, text, killed)
         elif host.failure is not None or (killed and not host.stopping and not host.told):
@@ -248,7 +231,7 @@ class Worker:
         tail = log_tail(run.log_path, run.log_start) if run.log_path else ""
         return f"; the end of its log {run.log_path}:\n{tail}" if tail else ""
 
-    def _told(self, run: Run, message: Map, host: Host | None = None) -> None:
+    def told(self, run: Run, message: Map, host: Host | None = None) -> None:
         """Something about a running task."""
         link, hosts = self._desk.link, self.hosts
         match message["op"]:
@@ -271,13 +254,21 @@ class Worker:
             hosts.answered(host)
         if message["op"] == "result":
             self._took(run, float(message.get("run_s", 0.0)))
-        if run.key not in self._desk.runs or run.cancelled:
-            self._thrown_away(run)
+        if host is None and message.get("folded"):
+            with self._desk.answering(run):
+                seconds, wrote = float(message["run_s"]), bool(message["wrote_state"])
+                self._collector.folded(run, seconds, wrote, message["meta"], HERE, time.monotonic())
+        elif run.key not in self._desk.runs or run.cancelled:
+            self.thrown_away(run)
         elif message["op"] == "failed":
             self._desk.fail(run, str(message.get("code", "exception")), str(message.get("text", "")))
         else:
             with self._desk.answering(run):
                 self._collector.finished(run, message)
+
+    def handed_over(self, worker: str, job: str, message: Map) -> None:
+        """A partial of what a worker, or this process, has folded."""
+        self._collector.handed_over(worker, job, message)
 
     def _took(self, run: Run, seconds: float) -> None:
         self._starts.took(run, seconds)
@@ -324,7 +315,8 @@ class Worker:
             run.kill_at = float("inf") if waits else time.monotonic() + self._desk.config.cancel_grace_s
         self._desk.let_go(run.key)
 
-    def _thrown_away(self, run: Run) -> None:
+    def thrown_away(self, run: Run) -> None:
+        """What came of an attempt that is wanted no more goes."""
         if run.key in self._desk.runs:
             self._desk.end(run)
         else:  # it had ended, timed out for one, while its code went on and wrote this
@@ -365,7 +357,7 @@ class Worker:
         if run.context is not None:
             run.context.cancel()
         if run.call is not None:
-            self._threads.give_up(run.call)
+            self._here.give_up(run.call)
         for host in hosts.hosts():
             if host.run is run:
                 if host.plan.lane and not host.plan.once:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..serialization import spans
 from ..serialization.digest import digest_buffers
+from ..serialization.errors import FedloomError, MixedError
 from ..serialization.fold import Fold, FoldPlan
 from ..serialization.messages import INLINE_TOTAL_BYTES
 from ..serialization.payload import EncodedModel, write_buffers
@@ -28,7 +29,7 @@ _TOLD_S = 1.0
 class _Open:
     fold: Fold
     keys: list[Key] = field(default_factory=list[Key])
-    untold: bool = False  # the agent does not know of the last of them yet
+    untold: int = 0  # how many of them the agent does not know of yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +82,33 @@ class WorkerFolds:
             entry = self._open.get(gather)
             if entry is None:
                 entry = _Open(Fold(self._plan(gather)))
-            if add(entry.fold) is False:
-                return False
+            try:
+                if add(entry.fold) is False:
+                    return False
+            except FedloomError:
+                raise
+            except BaseException:  # a part of it may be in: what is here is as good as lost
+                self._open.pop(gather, None)
+                raise
             entry.keys.append(key)
-            entry.untold = True
+            entry.untold += 1
             self._open[gather] = entry
         spans.end("fold", began, site=site, task=key[0])
         return True
 
     def _plan(self, gather: str) -> FoldPlan:
-        plan = self._plans[gather]
+        plan = self._plans.get(gather)
+        if plan is None:
+            raise MixedError("too many gathers at a time: the plan by which it would be added is not kept")
         if isinstance(plan, bytes):
             plan = self._plans[gather] = FoldPlan.from_bytes(plan)
         return plan
 
     def told(self, gather: str) -> None:
-        """The answer for the result that was added last is on its way."""
+        """The answer for a result that was added is on its way."""
         with self._lock:
             if (entry := self._open.get(gather)) is not None:
-                entry.untold = False
+                entry.untold -= 1
             if self._awaited:
                 self._told.notify_all()
 
@@ -112,7 +121,7 @@ class WorkerFolds:
             OSError: the file cannot be written. What was folded is lost.
         """
         with self._told:
-            while (entry := self._open.get(gather)) is not None and entry.untold:
+            while (entry := self._open.get(gather)) is not None and entry.untold > 0:
                 self._awaited += 1
                 self._told.wait(_TOLD_S)
                 self._awaited -= 1
@@ -128,6 +137,12 @@ class WorkerFolds:
                 write_buffers(file, buffers)
         spans.end("partial", began)
         return Made(entry.keys, f"p-{secrets.token_hex(16)}", size, found, data)
+
+    def drop(self, gather: str) -> None:
+        """What was folded of a gather is wanted no more."""
+        with self._lock:
+            self._open.pop(gather, None)
+            self._plans.pop(gather, None)
 
     def keys(self, gather: str) -> list[Key]:
         """The attempts whose results are in hand."""

@@ -279,11 +279,15 @@ class JobSpec:
         Raises:
             JobError: the job has an app for other sites only.
         """
-        apps = self.apps
-        found = next((app for app in apps if site in app.sites), None)
-        if found is None and (found := next((app for app in apps if not app.sites), None)) is None:
+        common: ClientApp | None = None
+        for app in self.apps:
+            if site in app.sites:
+                return app
+            if common is None and not app.sites:
+                common = app
+        if common is None:
             raise JobError(f"job {self.name!r} has no app for site {site!r}: name it in deploy_map")
-        return found
+        return common
 
     def executor_for(self, task: str, site: str = "") -> Component:
         """The component that works on tasks of this name at this site (without one: at those not named anywhere).

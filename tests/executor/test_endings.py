@@ -107,7 +107,7 @@ def test_an_error_of_our_own_fails_the_task_and_leaves_room_for_the_next(broker,
     agent = make_agent({"train": lambda model, ctx: FLModel(params=model.params)})
     owner, name = {
         "assign": (agent, "_assign"),
-        "begin": (agent._worker, "_embedded"),
+        "begin": (agent._worker._here, "begin"),
         "finished": (agent._collector, "finished"),
     }[where]
     right = getattr(owner, name)

@@ -17,6 +17,7 @@ from fedloom.serialization.payload import encode_model
 
 pytestmark = pytest.mark.timeout(60)
 BASE = {"w": np.linspace(-1, 1, 10_000, dtype=np.float32), "n": np.arange(3)}
+SMALL = {"w": BASE["w"][:1000], "n": BASE["n"]}  # of such a model results are added in the functions' own threads
 
 
 def result(task: str, gather: str = "g") -> Result:
@@ -61,14 +62,14 @@ def test_a_partials_items_fit_one_message_whatever_their_meta():
 def pool(broker, make_agent):
     """A pool of sites whose function adds site-dependent noise; ``fold_args`` for an Assign."""
 
-    def make(sites: int = 12, bad: str = "", diff: str = "", **config):
+    def make(sites: int = 12, bad: str = "", diff: str = "", base=BASE, **config):
         names = tuple(f"site-{i}" for i in range(1, sites + 1))
 
         def train(model, ctx):
             rng = np.random.default_rng(ctx.seed)
             if ctx.site == diff:
                 return FLModel(params=model.params, params_type="DIFF", meta={"NUM_STEPS_CURRENT_ROUND": 1})
-            w = model.params["w"] + rng.normal(size=10_000).astype(np.float32)
+            w = model.params["w"] + rng.normal(size=model.params["w"].size).astype(np.float32)
             if ctx.site == bad:
                 w = w[:10]
             return FLModel(
@@ -78,7 +79,7 @@ def pool(broker, make_agent):
             )
 
         agent = make_agent({"train": train}, sites=names, pool="p", **config)
-        plan = FoldPlan.first(BASE, tasks=sites)
+        plan = FoldPlan.first(base, tasks=sites)
         return agent, names, plan, {"partials": True, "fold": broker.add(plan.to_bytes(), "blob")}
 
     return make
@@ -94,33 +95,35 @@ def fold_all(broker, plan):
             fold.merge(tail[: message.partial_inline_bytes] or broker.payloads[message.partial.id])
         else:
             for item in message.items:
-                fold.add(broker.payloads[item.payload.id], site=item.site, meta=item.meta)
+                data, tail = (tail[: item.inline_bytes], tail[item.inline_bytes :])
+                fold.add(data or broker.payloads[item.payload.id], site=item.site, meta=item.meta)
     fold.check()
     return fold
 
 
-def test_a_pools_results_arrive_as_one_partial_with_the_same_bits(broker, pool):
-    agent, names, plan, fields = pool(capacity=3)
+@pytest.mark.parametrize("base", [BASE, SMALL], ids=["large", "small"])
+def test_a_pools_results_arrive_as_one_partial_with_the_same_bits(broker, pool, base):
+    agent, names, plan, fields = pool(capacity=3, base=base)
     order = list(names)
     random.Random(1).shuffle(order)
-    broker.assign(*[(f"t-{s}", s) for s in order], model=FLModel(params=BASE), seed=5, **fields)
+    broker.assign(*[(f"t-{s}", s) for s in order], model=FLModel(params=base), seed=5, **fields)
     for site in names:
         item = broker.done(f"t-{site}")
         assert item.payload is None and item.meta["metrics"].keys() == {"acc"}
     dones = [m for m, _ in broker.messages if isinstance(m, Done)]
     in_partials = sum(len(m.items) for m in dones if m.partial is not None)
     assert in_partials == 12 and len(dones) <= 3
-    together = fold_all(broker, plan).finish(BASE)
+    together = fold_all(broker, plan).finish(base)
     _until(lambda: not agent._desk.held_refs())
     agent.stop()
 
     broker.messages.clear()
-    agent, names, plan, fields = pool(capacity=1)
+    agent, names, plan, fields = pool(capacity=1, base=base)
     del fields["partials"]
-    broker.assign(*[(f"t-{s}", s) for s in names], model=FLModel(params=BASE), seed=5, **fields)
+    broker.assign(*[(f"t-{s}", s) for s in names], model=FLModel(params=base), seed=5, **fields)
     for site in names:
-        assert broker.done(f"t-{site}").payload is not None
-    singly = fold_all(broker, plan).finish(BASE)
+        assert broker.done(f"t-{site}")
+    singly = fold_all(broker, plan).finish(base)
     assert encode_model(together).digest() == encode_model(singly).digest()
 
 
@@ -131,9 +134,10 @@ def test_a_result_alone_leaves_as_it_is(broker, pool):
     assert item.payload is not None and item.payload.id == "r-t.1"
 
 
-def test_a_result_that_does_not_fit_fails_alone(broker, pool):
-    _, names, plan, fields = pool(bad="site-3", capacity=2)
-    broker.assign(*[(f"t-{s}", s) for s in names], model=FLModel(params=BASE), **fields)
+@pytest.mark.parametrize("base", [BASE, SMALL], ids=["large", "small"])
+def test_a_result_that_does_not_fit_fails_alone(broker, pool, base):
+    _, names, plan, fields = pool(bad="site-3", capacity=2, base=base)
+    broker.assign(*[(f"t-{s}", s) for s in names], model=FLModel(params=base), **fields)
     failed = broker.failed("t-site-3")
     assert failed.code == "bad_result" and "'w'" in failed.text and not failed.retryable
     for site in names:
