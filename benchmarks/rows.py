@@ -28,7 +28,7 @@ class Row:
 
     Attributes:
         at_once: clients that run at the same time, in the systems that can bound it.
-        functions: fedloom's clients are function tasks; else a script each.
+        functions: fedloom's clients are function tasks, on a worker a core at most; else a script each, all at once.
         without: systems that are not started, with the reason.
         repeat: runs of a full benchmark; figures are medians over them.
     """
@@ -95,6 +95,7 @@ ROWS = (
         rounds=3,
         at_once=4,
         mib=100,
+        functions=True,
         goals=_rounds(1.5, 2.0),
     ),
     Row(
@@ -105,6 +106,7 @@ ROWS = (
         rounds=2,
         at_once=4,
         mib=1024,
+        functions=True,
         without=(("nvflare", "it takes more memory than this class of machine has (out of memory at 23 GB)"),),
         goals=_rounds(1.3, 1.9),
         repeat=2,

@@ -61,7 +61,8 @@ def _bare(python: Path, row: Row, folder: Path) -> list[str]:
 def _fedloom(*more: str) -> Callable[[Path, Row, Path], list[str]]:
     def command(python: Path, row: Row, folder: Path) -> list[str]:
         script = str(JOBS / _JOB_SCRIPTS[row.kind])
-        options = [*more, *(["--functions"] if row.functions else [])]
+        at_once = str(min(row.at_once, os.cpu_count() or 1))
+        options = [*more, *(["--functions", "--at-once", at_once] if row.functions else [])]
         return [str(python.with_name("fedloom")), "sim", script, "-w", str(folder), "--", *row.args(), *options]
 
     return command
