@@ -30,7 +30,7 @@ from ..serialization.envelope import Buffer
 from ..serialization.errors import FedloomError, StorageError, WireError
 from ..serialization.loglimit import LINES
 from ..serialization.messages import decode, encode
-from ..serialization.processes import die_with_parent, setup_logging
+from ..serialization.processes import die_with_parent, keep_freed_memory, setup_logging
 from .datasync import Epochs, Syncer
 from .options import apply
 from .sockets import bind, connect, make_context, make_socket
@@ -294,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(os.environ.get("FEDLOOM_LOG_LEVEL", "info"), os.environ.get("FEDLOOM_LOG_FORMAT") == "json")
     config = DataConfig.from_json(args[0])
     die_with_parent()
+    keep_freed_memory()
     if config.parent and os.getppid() != config.parent:
         return 0  # it was gone before we could ask for the signal
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
