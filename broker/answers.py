@@ -10,6 +10,7 @@ from ..serialization.messages import Answer, Ask, PayloadRef
 from .bounds import to_plain
 from .figures import figures
 from .jobs import Job
+from .letters import letters
 from .state import BrokerState
 
 __all__ = ["answer"]
@@ -35,6 +36,8 @@ def answer(state: BrokerState, message: Ask) -> tuple[Answer, bytes]:
             data = _events(state, message)
         case "rounds":
             data = _rounds(state, message)
+        case "letters":
+            data = _page("letters", letters(state, message), message.after)
         case "broker":
             data = _broker(state)
         case "spool":
@@ -44,8 +47,8 @@ def answer(state: BrokerState, message: Ask) -> tuple[Answer, bytes]:
         case _:
             raise FaultError(
                 "unknown_question",
-                f"{message.what!r} is no question; ask for job, status, jobs, events, rounds, sites, broker, spool or"
-                " abort",
+                f"{message.what!r} is no question; ask for job, status, jobs, events, rounds, sites, letters, broker,"
+                " spool, abort, retry or drop",
             )
     packed = pack(data)
     if len(packed) <= _BODY_BYTES:

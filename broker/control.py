@@ -40,6 +40,8 @@ _BLOCKED_S = 0.02
 _MAX_ERRORS = 100
 #: Messages whose handlers change nothing of what the journal has.
 _READS = (Ask, Get, Ping, Progress)
+#: But for what an Ask orders.
+_ORDERS = frozenset({"abort", "retry", "drop"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +261,7 @@ class ControlLoop:
         self._put_out(
             peer, self._frames(Fault("internal", text[:4096], getattr(packet.message, "ref", 0), packet.sequence))
         )
-        if not (isinstance(packet.message, _READS) and getattr(packet.message, "what", "") != "abort"):
+        if not isinstance(packet.message, _READS) or getattr(packet.message, "what", "") in _ORDERS:
             self._start_over()
 
     def _start_over(self) -> None:

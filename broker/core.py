@@ -31,7 +31,6 @@ from ..serialization.messages import (
     Fail,
     Get,
     Hello,
-    JobId,
     Message,
     OpenGather,
     Packet,
@@ -47,6 +46,7 @@ from .answers import answer
 from .bounds import figures_of
 from .jobdesk import JobDesk, names_in
 from .journal import Journal
+from .letters import order, post
 from .payloaddesk import PayloadDesk
 from .payloads import SUBMIT_KEEP_S
 from .recovery import recover
@@ -67,6 +67,13 @@ _EXPIRE_S = 60.0
 _SCAN_S = 0.1
 
 _EXECUTOR, _CONTROLLER, _JOB, _CLIENT = "executor", "controller", "job", "client"
+#: What follows when one of them is gone without a goodbye.
+_NEXT = {
+    _EXECUTOR: "its tasks are given out again, unless it comes back with them",
+    _CONTROLLER: "its jobs are given to the next controller",
+    _JOB: "its claim lapses: the next process goes on from the last commit",
+    _CLIENT: "nothing was waiting for it",
+}
 _ANYONE = frozenset({_EXECUTOR, _CONTROLLER, _JOB, _CLIENT})
 #: Who may say what; a message that is not here belongs to the broker's side or to the data link.
 ROLES: dict[type[Any], frozenset[str]] = {
@@ -244,6 +251,10 @@ class ControlCore:
                 job = self.state.jobs.get(message.job)
                 self.jobs.abort(job, f"aborted by {session.node}", now)
                 self.state.reply(session, Answer(message.ref, {"status": job.status}))
+            case Ask(what="retry" | "drop"):
+                if session.role != _CLIENT:
+                    raise FaultError("forbidden", f"a {session.role} may not {message.what} a letter; a client may")
+                self.state.reply(session, Answer(message.ref, order(self.state, message, session.node, now)))
             case Ask():
                 self.state.reply(session, *answer(self.state, message))
             case _:
@@ -269,6 +280,7 @@ class ControlCore:
             return  # a rival may be dying: decided in tick
         session.heard_sequence = sequence
         for old in arrival.ended:
+            self._say_dead(old, "another has come in its place", now)
             if old.node == session.node and old.role == session.role == _EXECUTOR:
                 self._tell_ended(old)  # its leases go to the new boot, or back, with what that holds
             else:
@@ -281,7 +293,15 @@ class ControlCore:
             self.tasks.arrived(session, held, now)
         elif session.role == _JOB:
             self.state.jobs.session_up(hello.job, hello.claim)
+        if arrival.state == "again":
+            self.state.counters[f"again.{session.role}"] += 1
         log.info("session_up", node=session.node, role=session.role, again=arrival.state == "again", sites=len(sites))
+
+    def _say_dead(self, session: Session, why: str, now: float) -> None:
+        """The one line and the count of a peer that is gone without a goodbye."""
+        self.state.counters[f"dead.{session.role}"] += 1
+        silent_s = round(now - session.seen, 1)
+        log.warning("session_dead", node=session.node, reason=why, silent_s=silent_s, next=_NEXT[session.role])
 
     def end_session(self, session: Session, now: float, *, polite: bool) -> None:
         """A session is over: its peer said so, or is dead."""
@@ -350,7 +370,7 @@ class ControlCore:
             if session.overflowed:
                 by_count = len(session.outbox) >= session.timing.outbox_messages
                 state.bounds.reached("outbox_messages" if by_count else "outbox_bytes")
-            log.warning("session_dead", node=session.node, reason=why, silent_s=round(now - session.seen, 1))
+            self._say_dead(session, why, now)
             self.end_session(session, now, polite=False)
         for session in state.sessions.to_probe(now):
             state.reply(session, Pong())
@@ -378,9 +398,7 @@ class ControlCore:
         """What the ledger brought about by itself and the job's record should have."""
         state = self.state
         for task in state.ledger.bad_ends:
-            job = state.ledger.gathers[task.gather].job if task.gather in state.ledger.gathers else JobId("")
-            data = {"task": task.id, "code": task.code, "status": task.status, "tries": task.tries}
-            state.event(job, "task_failed", now, site=task.site, text=task.text, data=data)
+            post(state, task, now)
         state.ledger.bad_ends.clear()
         for gather in state.ledger.dirty_gathers.values():
             job = state.jobs.jobs.get(gather.job)

@@ -73,6 +73,11 @@ class Task:
         return self.status not in ("queued", "leased")
 
     @property
+    def given_up(self) -> bool:
+        """Whether it has ended by failing: a dead letter, until somebody retries it."""
+        return self.status in ("failed", "dead")
+
+    @property
     def ref(self) -> TaskRef:
         """The current attempt."""
         return TaskRef(self.id, max(1, self.attempt))
@@ -119,7 +124,7 @@ class Gather:
     """A step's tasks, the results accepted so far in their order, and the rule of closing."""
 
     id: GatherId
-    spec: OpenGather  # as asked for, without ref, claim and have; without partials where the spool has no room
+    spec: OpenGather  # as asked for, without ref, claim, have and behind; without partials where the spool has no room
     digest: str
     requested: tuple[Site, ...]
     opened_at: float
@@ -133,7 +138,8 @@ class Gather:
     tasks: dict[TaskId, Task] = field(default_factory=dict[TaskId, Task])
     results: list[Result] = field(default_factory=list[Result])
     partials: dict[str, PartialInfo] = field(default_factory=dict[str, PartialInfo])
-    failed: list[TaskId] = field(default_factory=list[TaskId])  # in the order of failing
+    #: in the order of failing; only ever added to: what was retried since stays here, and may come a second time
+    failed: list[TaskId] = field(default_factory=list[TaskId])
     left: int = 0  # tasks that have not ended
     arriving: int = 0  # of these, those of which only the result's way here is left
 
@@ -170,7 +176,8 @@ def verdict(gather: Gather, now: float) -> Verdict:
                 "failed",
                 f"{len(gather.tasks)} sites for min_clients {rule.min_clients}: name more, or ask for fewer",
             )
-        return "failed", f"{rule.min_clients} results cannot be reached: {got} came, {len(gather.failed)} tasks failed"
+        failed = sum(task.given_up for task in gather.tasks.values())
+        return "failed", f"{rule.min_clients} results cannot be reached: {got} came, {failed} tasks failed"
     if left == 0:
         return "closed", ""
     if got >= rule.min_clients:
@@ -224,7 +231,7 @@ def _hash(*parts: object) -> str:
 
 def strip(spec: OpenGather) -> OpenGather:
     """The specification alone: without what differs between two askings for the same gather."""
-    return replace(spec, ref=0, claim=0, have=0)
+    return replace(spec, ref=0, claim=0, have=0, behind=0)
 
 
 def spec_digest(spec: OpenGather, sites: Sequence[str]) -> str:

@@ -29,6 +29,7 @@ from ..serialization.messages import (
 )
 from ..serialization.vocabulary import FOLDER
 from .jobs import Job
+from .letters import LETTER_KINDS
 from .quota import Needs
 from .sessions import Session
 from .state import BODY_BUDGET, BrokerState
@@ -52,6 +53,7 @@ class JobDesk:
         self._streams = streams
         self._ended = ended  # tells the executors
         self._waiting: dict[str, int] = {}  # controllers that wait for a job: session, ref
+        self._refused: dict[str, int] = {}  # the last Commit that a session was refused: its ref
 
     # ------------------------------------------------------------ submissions and claims
 
@@ -118,6 +120,7 @@ class JobDesk:
     def gone(self, session: Session, now: float) -> None:
         """A job's or a controller's session is over."""
         self._waiting.pop(session.id, None)
+        self._refused.pop(session.id, None)
         self._streams.drop(session)
         if session.role == "job":
             self._state.jobs.session_down(session.hello.job, session.hello.claim, now)
@@ -153,6 +156,9 @@ class JobDesk:
         """Open a gather, or go on with the one of this key behind the results that the process has."""
         state = self._state
         job = self._own(session, message.job, message.claim)
+        if message.behind and self._refused.get(session.id) == message.behind:
+            text = f"round {message.round} was opened behind a commit that was refused: its model is nobody's"
+            raise FaultError("uncommitted", text)
         self._check_bytes("config of a gather", message.config, "max_config_bytes")
         state.require(message.payload, message.fold)
         gather = state.ledger.open(message, names_in(tail, "sites"), now, partials=state.quota.takes_partials(job))
@@ -192,6 +198,7 @@ class JobDesk:
 
     def commit(self, session: Session, message: Commit, now: float) -> None:
         """A round is durable: its model, state and record become visible, its gathers and the models before go."""
+        self._refused[session.id] = message.ref  # as long as this has not gone well
         state = self._state
         job = self._own(session, message.job, message.claim)
         check_plain(message.record, _SPARE_DEPTH)
@@ -205,6 +212,7 @@ class JobDesk:
             self._release(job, message.round)
             state.event(job.id, "committed", now, data={"round": message.round})
             log.info("round_committed", job=job.id, round=message.round, claim=job.claim)
+        del self._refused[session.id]
         state.reply(session, Answer(message.ref, {"round": message.round}))
 
     def _hold_commit(self, job: Job, now: float) -> None:
@@ -255,6 +263,8 @@ class JobDesk:
             return
         if session.role == "executor" and message.site and message.site not in session.sites:
             raise FaultError("forbidden", f"{session.node} does not serve {message.site}: its events are another's")
+        if message.kind in LETTER_KINDS:
+            raise FaultError("forbidden", f"events of kind {message.kind} are the broker's own")
         check_plain(message.data, _SPARE_DEPTH)
         self._state.event(message.job, message.kind, now, site=message.site, text=message.text, data=message.data)
 

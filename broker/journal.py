@@ -325,7 +325,7 @@ class Journal:
         gather = ledger.gathers[task.gather]
         task.until = now + gather.spec.lease_s
         task.accepted = task.status == "leased"
-        if task.status in ("failed", "dead"):
+        if task.given_up:
             gather.failed.append(task.id)
         ledger.adopt_task(gather, task, now)
 
@@ -362,6 +362,13 @@ class Journal:
         return [
             EventRow(j, seq, at, kind, site, text, rows.plain(data)) for j, seq, at, kind, site, text, data in found
         ]
+
+    def marks(self, job: JobId, kinds: Sequence[str], after: int) -> Iterator[EventRow]:
+        """A job's events of these kinds above ``after``, without their texts."""
+        wanted = ", ".join("?" * len(kinds))
+        query = f"SELECT seq, at, kind, site, data FROM events WHERE job=? AND seq>? AND kind IN ({wanted})"  # noqa: S608 - marks
+        for seq, at, kind, site, data in self._db.execute(f"{query} ORDER BY seq", (job, after, *kinds)):
+            yield EventRow(job, seq, at, kind, site, "", rows.plain(data))
 
     def size(self) -> int:
         """The bytes of what the database holds; what was deleted is used again and does not count."""

@@ -261,12 +261,13 @@ class Leases(ABC):
                 continue
             if not self._settled(owner, ref):
                 self._cancel_stale(node, ref)
-        mine = [self.tasks.get(tid) for tid in owner.leased | self._unclaimed.pop(node, set())]
+        unclaimed = self._unclaimed.pop(node, set[TaskId]())
+        mine = [self.tasks.get(tid) for tid in owner.leased | unclaimed]
         lost = [t for t in mine if t and t.status == "leased" and t.owner == node and t.id not in kept]
         for task in sorted(lost, key=lambda t: (t.gather, t.ordinal)):
-            # what it had not accepted was perhaps still on its way when the link broke: no try
-            text = f"{node} does not hold it"
-            self._requeue(task, now, "executor_restarted", text, counted=task.accepted, delay=None)
+            # what it had not accepted was perhaps still on its way when the link broke, or when the broker died: no try
+            text, accepted = f"{node} does not hold it", task.accepted and task.id not in unclaimed
+            self._requeue(task, now, "executor_restarted", text, counted=accepted, delay=None)
 
     def _settled(self, owner: Owner, ref: TaskRef) -> bool:
         """Whether this attempt's result is in, be its round over or not: its Stored was lost, its Done comes again."""

@@ -179,6 +179,29 @@ class Ledger(Leases):
                 task.code = "closed"
                 self.end_task(gather, task, "cancelled")
 
+    def retry(self, tid: TaskId, now: float) -> None:
+        """Queue a task again that was given up, with fresh attempts and as much patience with its site as at first.
+
+        Its attempts are numbered on, and what its last owner still holds of it is stale.
+
+        Raises:
+            FaultError: ``step_closed``, or ``not_dead`` where it was not given up.
+        """
+        task = self.tasks.get(tid)
+        gather = self.gathers[task.gather] if task is not None else None
+        if task is None or gather is None or gather.state != "open":
+            raise FaultError("step_closed", f"the step of task {tid} is closed: it went on without it, or failed")
+        if not task.given_up:
+            raise FaultError("not_dead", f"task {tid} is {task.status}: only what was given up is retried")
+        task.status, task.owner, task.code, task.text = "queued", "", "", ""
+        task.tries = task.killed = 0
+        task.accepted = task.counted = False
+        task.ready_at = 0.0
+        if task.site not in self.node_of:
+            self.down_since[task.site] = now
+        self.dirty_tasks[tid] = task
+        self.adopt_task(gather, task, now)
+
     def set_checkpoint(self, gid: GatherId, payload: PayloadRef, covered: int) -> tuple[Gather, PayloadRef | None]:
         """Record a checkpoint over the results 0 to covered - 1; returns the gather and the checkpoint before.
 

@@ -166,10 +166,13 @@ class Link:
         """
         return self.answer(self.ask(message, tail), timeout_s)
 
-    def ask(self, message: Any, tail: Buffer = b"") -> Request:
+    def ask(self, message: Any, tail: Buffer = b"", *, more: bool = False) -> Request:
         """Send a message with a ``ref``, as `request` does; `answer` has to be called for what is asked.
 
         What is asked one after another comes in this order, after a reconnect as well.
+
+        Args:
+            more: something else is sent soon, or waited for: the broker takes what comes together in one turn.
 
         Raises:
             CodecError: as `request`.
@@ -178,11 +181,14 @@ class Link:
         self._shared.ask(message.ref, request)
         if self.state == "up":  # else it is sent with the next Welcome
             self._shared.outbox.append(request.outgoing)
-            self._shared.wake()
+            if not more:
+                self._shared.wake()
         return request
 
     def answer(self, request: Request, timeout_s: float = 60.0) -> tuple[Message, Buffer]:
         """Wait for the answer to what was asked. Raises as `request`."""
+        if self._shared.outbox:
+            self._shared.wake()
         try:
             self._wait(request.done, timeout_s, f"{request.what} to {self.endpoint}")
         finally:
@@ -345,7 +351,9 @@ class Link:
                 except (WireError, LinkError, zmq.ZMQError) as error:
                     # one line when it goes down, not one a try
                     say = log.warning if session.welcomed or tries == 0 else log.debug
-                    say("link_down", endpoint=self.endpoint, node=self._shared.hello.node, reason=str(error))
+                    node, limit = self._shared.hello.node, self._give_up_s
+                    next_ = "it looks again" + ("" if limit is None else f", for {limit:g} s")
+                    say("link_down", endpoint=self.endpoint, node=node, reason=str(error), next=next_)
                 finally:
                     if session.welcomed:
                         down_since, tries = time.monotonic(), 0

@@ -92,12 +92,14 @@ class Streams:
         batch: list[Failure] = []
         used = 0
         for tid in gather.failed[sub.failures :]:
-            failure = gather.tasks[tid].failure()
-            used += weigh(failure)
-            if batch and used > BODY_BUDGET:
-                break
-            batch.append(failure)
-        sub.failures += len(batch)
+            task = gather.tasks[tid]
+            if task.given_up:  # else it was retried since
+                failure = task.failure()
+                used += weigh(failure)
+                if batch and used > BODY_BUDGET:
+                    break
+                batch.append(failure)
+            sub.failures += 1
         all_told = sub.failures == len(gather.failed)
         if sub.told in ("", "waiting"):
             opening = not sub.told and all_told

@@ -96,6 +96,7 @@ class TaskDesk:
         """An attempt failed. Answered with Stored, so that the executor may stop repeating it."""
         ref = TaskRef(message.task, message.attempt)
         if self._state.ledger.fail(session.node, message, now):
+            self._state.counters["failed.killed" if message.killed else "failed"] += 1
             self._state.payloads.release_all(f"task:{message.task}")
         self._state.reply(session, Stored(tasks=(ref,)))
 

@@ -65,13 +65,13 @@ class Collection:
             JobError: the spool is full of this round's results, and others cannot come.
         """
         results: list[Result] = []
-        self._fed.on_quiet = self._quiet
+        self._fed.mail.on_quiet = self._quiet
         try:
             for result in self._gather:
                 self._room.moved()
                 results.append(result)
         finally:
-            self._fed.on_quiet = None
+            self._fed.mail.on_quiet = None
         return sorted(results, key=lambda result: result.site)
 
     def _quiet(self) -> None:

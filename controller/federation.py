@@ -3,64 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import structlog
-
-from ..broker.link import Link, fault_error
+from ..broker.link import Link
 from ..serialization import spans
-from ..serialization.envelope import Buffer
-from ..serialization.errors import FaultError, GatherError, JobError, LinkError
-from ..serialization.faultpoints import fault_point
+from ..serialization.errors import GatherError, JobError
 from ..serialization.jobspec import JobSpec
 from ..serialization.messages import (
-    Cancel,
     Checkpoint,
     Claimed,
     CloseGather,
     CloseRule,
     Commit,
     CommitRef,
-    Done,
     Event,
-    Failure,
-    Fault,
-    GatherId,
     JobId,
     Message,
     OpenGather,
     PayloadRef,
     Receipt,
     Site,
-    Welcome,
 )
 from ..serialization.model import FLModel
 from ..serialization.payload import decode_model
+from .commits import Commits
 from .filters import ServerFilters
 from .gather import Gather, Result
 from .inbox import Inbox
+from .mailbox import QUIET_S, Mailbox
 from .payloads import Payloads
 from .questions import Questions, Spool
-
-log = structlog.get_logger(__name__)
 
 #: Without a broker for so long the job process gives up: whatever waits is told so. Its claim is lost by then and
 #: another controller goes on.
 GIVE_UP_S = 120.0
-
-
-#: After how long a wait is looked at first, and at last.
-QUIET_S = (0.1, 1.0)
-
-
-class JobAborted(FaultError):
-    """Somebody aborted the job; the process only has to leave."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__("aborted", reason or "the job was aborted")
 
 
 class Federation:
@@ -78,7 +57,7 @@ class Federation:
         self.commit_ref: CommitRef | None = claimed.commit
         self.app_dir = app_dir
         self.link = link
-        self._inbox = inbox
+        self.mail = Mailbox(link, inbox, self.job)
         self.filters = ServerFilters(self, spec)
         self._questions = Questions(link, self.job, GIVE_UP_S)
         sites = claimed.meta.get("sites") or spec.sites or ()
@@ -87,10 +66,8 @@ class Federation:
         self.workflow = 0
         self.first_round = 0
         self._last_opened = -1
-        self._gathers: list[Gather] = []
-        #: called where a wait for the broker's next word becomes long, less and less often
-        self.on_quiet: Callable[[], None] | None = None
         self.payloads = Payloads(link, claimed, GIVE_UP_S)
+        self._commits = Commits(link, self.payloads, GIVE_UP_S)
 
     def enter(self, workflow: int) -> bool:
         """Go on with the job's workflow of this number; False where a later one has committed: this one is over."""
@@ -216,9 +193,7 @@ class Federation:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise GatherError(f"{len(live)} of {at_least} sites connected within {wait_s:g} s")
-            got = self._inbox.get(min(pause_s, left))
-            if got is not None:
-                self._dispatch(*got)
+            self.mail.take(min(pause_s, left))
             pause_s = min(QUIET_S[1], 2 * pause_s)
 
     # ------------------------------------------------------------ gathers
@@ -277,17 +252,18 @@ class Federation:
         return gather
 
     def open(self, opening: OpenGather, sites: tuple[str, ...]) -> Gather:
-        """Send an opening; the broker's Receipt comes through the inbox."""
-        gather = Gather(self, replace(opening, ref=self.link.next_ref()), sites)
-        self._gathers = [g for g in self._gathers if not g.complete]
-        self._gathers.append(gather)
+        """Send an opening, behind a commit that is not answered yet; the broker's Receipt comes through the inbox."""
+        opening = replace(opening, ref=self.link.next_ref(), behind=self._commits.under_way)
+        gather = Gather(self, opening, sites)
+        self.mail.expect(gather)
         self.link.send(*gather.message())
+        self.settle()
         return gather
 
     def close_gather(self, gather: Gather) -> None:
         """Ask for the end of a gather; its Receipt comes through the inbox."""
         while not gather.id:
-            self.pump(gather)
+            self.mail.pump(gather)
         answer = self._request(CloseGather(self.link.next_ref(), self.job, self.claim, gather.id))
         if isinstance(answer, Receipt):
             gather.on_receipt(answer)
@@ -304,12 +280,15 @@ class Federation:
         record: dict[str, Any] | None = None,
         state: FLModel | None = None,
         best: FLModel | PayloadRef | None = None,
+        wait: bool = True,
     ) -> PayloadRef:
         """Make a round durable: model, state, record and round number become visible together.
 
         Args:
             model: the global model, or what `put_model` gave for it.
             best: the model that is the best so far, if that changed with this round.
+            wait: False: it is durable when the next gather is opened, or at the workflow's end; they raise what this
+                would have.
 
         Raises:
             FencedError: another controller has the job.
@@ -319,6 +298,8 @@ class Federation:
         state_ref = None if state is None else put(state)
         model_ref = put(model) if isinstance(model, FLModel) else model
         self._commit(round, model_ref, state_ref, best_ref, record or {})
+        if wait:
+            self.settle()
         return model_ref
 
     def commit_state(self, *, round: int, record: dict[str, Any], state: FLModel | None = None) -> None:
@@ -329,6 +310,7 @@ class Federation:
         """
         model_ref = self.commit_ref.model if self.commit_ref else None
         self._commit(round, model_ref, None if state is None else self.payloads.model(state), None, record)
+        self.settle()
 
     def _commit(
         self,
@@ -354,91 +336,19 @@ class Federation:
             workflow=self.workflow,
             first=self.first_round,
         )
-        fault_point("job.before_commit")
-        began = spans.start()
-        asked = self.link.ask(commit)  # behind what it names: the broker takes one after another
-        try:
-            self.payloads.settle()
-        finally:
-            self.link.answer(asked, GIVE_UP_S)
-        spans.end("commit", began, round=number)
-        spans.flush()
+        self._commits.begin(commit)
         kept_best = best or (self.commit_ref.best if self.commit_ref else None)
         self.commit_ref = CommitRef(number, model, state, kept_best, record, self.workflow, self.first_round)
         self.payloads.keep(self.commit_ref)
-        log.info("round_committed", job=self.job, round=number)
+
+    def settle(self) -> None:
+        """Wait until the last commit is durable. Raises as `commit`."""
+        self._commits.settle()
 
     def event(self, kind: str, text: str = "", *, site: str = "", **data: Any) -> None:
         """Keep something about the job, for whoever asks for its events."""
         self.link.send(Event(self.job, kind, Site(site), data, text[: 16 * 1024]))
 
-    # ------------------------------------------------------------ messages
-
-    def pump(self, gather: Gather) -> None:
-        """Wait for the broker's next word and hand it to the gather it is about.
-
-        Raises:
-            LinkError: there is no broker any more, and the link has given up.
-        """
-        pause_s = QUIET_S[0]
-        while True:
-            if self._inbox.missed():
-                self._ask_again()
-            began = spans.start()
-            got = self._inbox.get(pause_s if self.on_quiet else QUIET_S[1])
-            spans.end("wait", began, round=gather.opening.round)
-            if got is not None:
-                self._dispatch(*got)
-                return
-            pause_s = min(QUIET_S[1], 2 * pause_s)
-            if self.on_quiet is not None and self.link.state == "up":
-                self.on_quiet()
-            if self.link.state == "closed":
-                reason = self.link.fatal or "the link to the broker was closed"
-                raise LinkError(f"{reason}, in round {gather.opening.round}, {gather.opening.name}")
-
     def _request(self, message: Any) -> Message:
         """A request that outlives a broker's absence as a gather does."""
         return self.link.request(message, timeout_s=GIVE_UP_S)[0]
-
-    def _ask_again(self) -> None:
-        for gather in self._gathers:
-            if not gather.complete:
-                self.link.send(*gather.message())
-
-    def on_failure(self, gather: Gather, failure: Failure) -> None:
-        """A task ended without a result."""
-        log.warning(
-            "task_failed",
-            job=self.job,
-            round=gather.opening.round,
-            site=failure.site,
-            code=failure.code,
-            text=failure.text,
-        )
-
-    def _dispatch(self, message: Message, tail: Buffer) -> None:
-        match message:
-            case Receipt():
-                if (gather := self._find(message.gather, message.ref)) is not None:
-                    gather.on_receipt(message)
-            case Done():
-                if (gather := self._find(message.gather, 0)) is not None:
-                    gather.on_done(message, tail)
-            case Welcome():
-                self._ask_again()
-            case Cancel():
-                raise JobAborted(message.reason)
-            case Fault(code="lost_payload" | "gone"):
-                # nothing that the workflow did: another process goes on from the last commit
-                raise LinkError(message.text)
-            case Fault():
-                raise fault_error(message.code, message.text)
-            case _:
-                log.warning("unexpected_message", kind=type(message).__name__)
-
-    def _find(self, gather: GatherId, ref: int) -> Gather | None:
-        for known in self._gathers:
-            if known.id == gather or (ref and known.opening.ref == ref):
-                return known
-        return None

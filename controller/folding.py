@@ -90,11 +90,11 @@ class Folding:
             MixedError: weights missing from some results, FULL among DIFF results.
             FoldError: partials that stand for more results than their tasks.
         """
-        self._fed.on_quiet = self._quiet
+        self._fed.mail.on_quiet = self._quiet
         try:
             self._fold_all()
         finally:
-            self._fed.on_quiet = None
+            self._fed.mail.on_quiet = None
         self._redo_bad()
         wanted = self._gather.opening.rule.min_clients
         if self.aggregate.count < wanted:

@@ -66,6 +66,7 @@ class GatherState:
     results: int | None = None  # known once closed
     reason: str = ""
     failures: dict[str, Failure] = field(default_factory=dict[str, Failure])
+    cuts: int = 0  # how often the connection to the broker was lost and found while it was open
 
 
 class Gather:
@@ -96,7 +97,7 @@ class Gather:
                 return
             if self.seen.state == "failed":
                 raise GatherError(self._why_failed())
-            self._federation.pump(self)
+            self._federation.mail.pump(self)
 
     def close(self) -> None:
         """Close now with the results that are there; the rest of the tasks are cancelled."""
@@ -153,9 +154,10 @@ class Gather:
         if receipt.state == "closed":
             seen.results = receipt.results
         for failure in receipt.failures:
-            if failure.task not in seen.failures:
+            if seen.failures.get(failure.task) != failure:  # not known, or retried and failed again
                 seen.failures[failure.task] = failure
-                self._federation.on_failure(self, failure)
+                said = {"round": self.opening.round, "site": failure.site, "code": failure.code, "text": failure.text}
+                log.warning("task_failed", job=self.opening.job, **said)
 
     def on_done(self, done: Done, tail: Buffer) -> None:
         """Results from the broker; those known already (a repeat after a reconnect) are passed over.
@@ -179,6 +181,9 @@ class Gather:
                 self._take(Result(item.index, (item,), None if item.inline_bytes else item.payload, inline))
 
     def _take(self, result: Result) -> None:
+        if self.seen.failures:  # it was given up, and retried since
+            for item in result.items:
+                self.seen.failures.pop(item.task, None)
         self._have += len(result.items)
         self._arrived.append(result)
 

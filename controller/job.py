@@ -27,8 +27,10 @@ from ..serialization.faultpoints import fault_point
 from ..serialization.jobspec import JobSpec
 from ..serialization.messages import Claimed, ClaimJob, EndJob, Hello, JobId
 from ..serialization.processes import die_with_parent, setup_logging
-from .federation import GIVE_UP_S, Federation, Inbox, JobAborted
+from .federation import GIVE_UP_S, Federation
 from .filters import filled
+from .inbox import Inbox
+from .mailbox import JobAborted
 from .workflow import Workflow
 
 log = structlog.get_logger(__name__)
@@ -101,6 +103,7 @@ def _run(link: Link, inbox: Inbox, claimed: Claimed, work: Path) -> tuple[Status
             if not isinstance(workflow, Workflow):
                 raise JobError(f"workflow {component.path} is a {type(workflow).__name__}, not a fedloom Workflow")
             workflow.run(fed)
+            fed.settle()
     except (JobAborted, FencedError, LinkError):
         raise
     except FedloomError as error:

@@ -113,7 +113,7 @@ class Payloads:
             return self._kept[ref.id]
         if ref.size <= INLINE_BYTES:
             put = Put(payload=ref, job=self._job, claim=self._claim, ref=self._link.next_ref())
-            self._under_way.append((ref, self._link.ask(put, b"".join(buffers))))
+            self._under_way.append((ref, self._link.ask(put, b"".join(buffers), more=True)))
         else:
             began = spans.start()
             self._link.put(ref, buffers, job=self._job, claim=self._claim)

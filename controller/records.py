@@ -45,6 +45,8 @@ class RoundRecord:
                 site: dict[str, Any] = {"name": item.site, "run_s": round(item.run_s, 4)}
                 if item.meta.get("metrics"):
                     site["metrics"] = item.meta["metrics"]
+                if item.attempt > 1:
+                    site["attempt"] = item.attempt
                 if "NUM_STEPS_CURRENT_ROUND" in meta:
                     site["weight"] = meta["NUM_STEPS_CURRENT_ROUND"]
                 self.sites.append(site)
@@ -62,6 +64,8 @@ class RoundRecord:
             "fold_seconds": round(self.fold_s, 6),
             "refolds": self.refolds,
             "redone": self.redone,
+            "claim": gather.opening.claim,
+            "cuts": gather.seen.cuts,
             "state_lost": sorted(self.state_lost)[:MAX_LISTED],
             "failures": [
                 {"site": f.site, "code": f.code, "text": f.text[-_MAX_TEXT:]} for f in gather.failures[:MAX_LISTED]

@@ -158,8 +158,11 @@ class Controller:
             if code is None:
                 continue
             del self._running[job]
-            log.info("job_process_ended", job=job, code=code)
-            if code != job_process.ENDED and code != job_process.FENCED:
+            if code == job_process.ENDED or code == job_process.FENCED:
+                log.info("job_process_ended", job=job, code=code)
+            else:
+                then = "given back: started again from the last commit"
+                log.warning("job_process_ended", job=job, code=code, next=then)
                 self._give_back(job, claim, f"its process ended with {_exit_text(code)}")
 
     def _give_back(self, job: str, claim: int, reason: str, *, stopped: bool = False) -> None:

@@ -296,6 +296,30 @@ class JobClient:
         """End a job; returns its status then."""
         return str(self._ask("abort", job_id).get("status", ""))
 
+    def letters(self, job_id: str) -> list[dict[str, Any]]:
+        """A job's dead letters, the oldest first: tasks that were given up, and neither retried nor dropped since.
+
+        Each has ``letter`` (its number), ``task``, ``site``, ``name``, ``round``, ``step``, ``attempts``, ``at``,
+        ``code``, ``text`` (the site's own error, at most 4096 characters) and ``open``: whether it may be retried.
+        """
+        return list(self._pages("letters", "letters", job_id, 0))
+
+    def retry(self, job_id: str, letter: int) -> None:
+        """Queue the task of a dead letter again, with fresh attempts.
+
+        Raises:
+            FaultError: ``ended`` (resume the job), ``step_closed``, ``not_dead``, ``unknown_letter``.
+        """
+        self._ask("retry", job_id, letter)
+
+    def drop(self, job_id: str, letter: int) -> None:
+        """Take a dead letter off the list: the task stays failed.
+
+        Raises:
+            FaultError: ``not_dead``, ``unknown_letter``.
+        """
+        self._ask("drop", job_id, letter)
+
     def events(self, job_id: str, after: int = 0) -> Iterator[dict[str, Any]]:
         """What was kept about a job: logs, failures, changes, in order; those behind number ``after``."""
         yield from self._pages("events", "events", job_id, after)

@@ -137,7 +137,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """anyone -> broker: a question or an order about jobs: "jobs", "job", "events", "rounds", "sites", "abort", ..."""
+    """anyone -> broker: a question or an order about jobs: "jobs", "job", "events", "rounds", "sites", "abort", ...
+
+    The orders "retry" and "drop" are about the dead letter whose number is ``after``.
+    """
 
     KIND: ClassVar[int] = 57
     ref: Count

@@ -162,6 +162,7 @@ class OpenGather:
     lease_s: Seconds = 30.0
     redo: Annotated[int, Limit(low=0, high=16)] = 0  # > 0: the same step again for results that only a partial held
     have: Count = 0  # results this controller has already: the broker sends those behind
+    behind: Count = 0  # the ref of a Commit that was not answered yet: refused if that was
 
 
 @dataclass(frozen=True, slots=True)

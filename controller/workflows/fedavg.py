@@ -157,6 +157,7 @@ class FedAvg(Workflow):
                     best=best,
                     **self._more(memory.scores),
                 ),
+                wait=False,
             )
             # one aggregate in memory, not two, and the model as pages of its file where that can be mapped
             del outcome

@@ -31,7 +31,7 @@ Timeout = Annotated[
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for the job's end, and exit as it did.")]
 
 
-def _client(broker: str | None, connect_s: float) -> JobClient:
+def connect(broker: str | None, connect_s: float) -> JobClient:
     from ..client import JobClient
     from ..logs import setup
 
@@ -79,7 +79,7 @@ def submit(
     with taken_in(job_folder) as folder:
         if folder.is_dir() or not folder.exists():
             JobSpec.load(folder)  # what is wrong with it is said before a broker is looked for
-        with _client(broker, connect_timeout) as client:
+        with connect(broker, connect_timeout) as client:
             _go_on(client, client.submit(folder), "submitted {}", wait, timeout, as_json)
 
 
@@ -94,7 +94,7 @@ def clone(
     connect_timeout: ConnectTimeout = 10.0,
 ) -> None:
     """Submit a job that the broker knows once more, from its start."""
-    with _client(broker, connect_timeout) as client:
+    with connect(broker, connect_timeout) as client:
         _go_on(client, client.clone(job_id), f"submitted {{}}, a clone of {job_id}", wait, timeout, as_json)
 
 
@@ -113,7 +113,7 @@ def resume(
     connect_timeout: ConnectTimeout = 10.0,
 ) -> None:
     """Let a job that failed or was aborted go on behind its last committed round, as a new job."""
-    with _client(broker, connect_timeout) as client:
+    with connect(broker, connect_timeout) as client:
         rounds = client.info(job_id).round
         said = f"submitted {{}}: {job_id} goes on behind {rounds} committed round{'s' * (rounds != 1)}"
         _go_on(client, client.resume(job_id, job_folder), said, wait, timeout, as_json)
@@ -123,13 +123,13 @@ def resume(
 @command
 def list_jobs(broker: Broker = None, as_json: Json = False, connect_timeout: ConnectTimeout = 10.0) -> None:
     """List the jobs that the broker knows."""
-    with _client(broker, connect_timeout) as client:
+    with connect(broker, connect_timeout) as client:
         jobs = client.jobs()
     if as_json:
         print_json({"jobs": [info.to_json() for info in jobs]})
         return
     rows = [
-        [info.job_id, info.name, info.status, f"{info.round}/{info.rounds}", _when(info.submitted_at)] for info in jobs
+        [info.job_id, info.name, info.status, f"{info.round}/{info.rounds}", when(info.submitted_at)] for info in jobs
     ]
     print_table(["job", "name", "status", "rounds", "submitted"], rows, "no jobs")
 
@@ -138,7 +138,7 @@ def list_jobs(broker: Broker = None, as_json: Json = False, connect_timeout: Con
 @command
 def status(job_id: JobId, broker: Broker = None, as_json: Json = False, connect_timeout: ConnectTimeout = 10.0) -> None:
     """Show a job's status."""
-    with _client(broker, connect_timeout) as client:
+    with connect(broker, connect_timeout) as client:
         info = client.info(job_id)
         records = [] if as_json else client.rounds(job_id)
     if as_json:
@@ -163,7 +163,7 @@ def wait(
     connect_timeout: ConnectTimeout = 10.0,
 ) -> None:
     """Wait for a job's end, and exit as it did: 0 completed, 1 failed or aborted, 4 not ended in time."""
-    with _client(broker, connect_timeout) as client:
+    with connect(broker, connect_timeout) as client:
         info = client.wait(job_id, timeout, None if as_json else _say)
     _ended(info, as_json)
 
@@ -181,7 +181,7 @@ def logs(
     """Show what was kept about a job: what sites said, failures, changes."""
     from ..results import event_line
 
-    with _client(broker, connect_timeout) as client:
+    with connect(broker, connect_timeout) as client:
         if as_json:
             events = [event for event in client.events(job_id) if site in (None, event.get("site"))]
             print_json({"job_id": job_id, "events": events})
@@ -196,7 +196,7 @@ def logs(
 @command
 def abort(job_id: JobId, broker: Broker = None, as_json: Json = False, connect_timeout: ConnectTimeout = 10.0) -> None:
     """End a job now."""
-    with _client(broker, connect_timeout) as client:
+    with connect(broker, connect_timeout) as client:
         after = client.abort(job_id) or client.info(job_id).status
     if as_json:
         print_json({"job_id": job_id, "status": after})
@@ -216,7 +216,7 @@ def download(
     connect_timeout: ConnectTimeout = 10.0,
 ) -> None:
     """Fetch a job's results: the model, metrics.jsonl, summary.json, the job and its logs."""
-    with _client(broker, connect_timeout) as client:
+    with connect(broker, connect_timeout) as client:
         folder = client.download(job_id, output or Path(job_id))
     if as_json:
         print_json({"job_id": job_id, "path": str(folder.resolve())})
@@ -228,7 +228,7 @@ def _say(info: JobInfo) -> None:
     typer.echo(f"{time.strftime('%H:%M:%S')} {info.status} round {info.round} of {info.rounds}", err=True)
 
 
-def _when(at: float | None) -> str:
+def when(at: float | None) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)) if at else ""
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import jobs, services, sim, status
+from . import jobs, letters, services, sim, status
 
 app = typer.Typer(
     name="fedloom",
@@ -40,5 +40,6 @@ app.command("broker")(services.broker)
 app.command("controller")(services.controller)
 app.command("executor")(services.executor)
 app.command("sim")(sim.sim)
+letters.join(jobs.app)
 app.add_typer(jobs.app, name="job")
 app.command("status")(status.status)

@@ -34,6 +34,7 @@ class Piece:
     killed: int = 0
     base: str = ""
     counted: bool = False  # the current attempt is among the tries
+    unclaimed: bool = False  # leased before the broker's restart, and its owner was not heard of since
     accepted: bool = False
     until: float = 0.0
     ready_at: float = 0.0
@@ -194,6 +195,17 @@ class Model(settle_model.Results):
         if book.live:
             self._finish(book, "closed" if len(book.results) >= book.rule.min_clients else "failed")
 
+    def may_retry(self, tid: str) -> bool:
+        task = self.tasks()[tid]
+        return task.status in ("failed", "dead") and self.books[task.gather].state == "open"
+
+    def retry(self, tid: str, now: float) -> None:
+        task = self.tasks()[tid]
+        task.status, task.owner, task.tries, task.killed = "queued", "", 0, 0
+        task.counted, task.ready_at = False, 0.0
+        if not self.serving(task.site):
+            self.down[task.site] = now
+
     def may_checkpoint(self, gid: str, covered: int) -> bool:
         book = self.books[gid]
         inside = any(first < covered < first + count for first, count in book.partials.values())
@@ -245,7 +257,8 @@ class Model(settle_model.Results):
                 self.cancels.add((node, ref.task, ref.attempt))
         for task in self.leased_by(node):
             if task.id not in kept:
-                self.lose(task, now, counted=task.accepted, pause=None)
+                self.lose(task, now, counted=task.accepted and not task.unclaimed, pause=None)
+            task.unclaimed = False
 
     def _is_settled(self, sites: frozenset[str], ref: TaskRef) -> bool:
         """Whether the attempt's result is in, be it that its gather is over: it was only not heard that it is."""
@@ -310,7 +323,7 @@ class Model(settle_model.Results):
         return True
 
     def _lease(self, task: Piece, node: str, now: float) -> None:
-        task.status, task.owner = "leased", node
+        task.status, task.owner, task.unclaimed = "leased", node, False
         task.until = now + self.books[task.gather].spec.lease_s
 
     def _unlease(self, task: Piece) -> None:
@@ -401,7 +414,7 @@ class Model(settle_model.Results):
         self.started_at = now
         for task in self.tasks().values():
             task.until, task.ready_at, task.counted = now + self.books[task.gather].spec.lease_s, 0.0, False
-            task.accepted = task.status == "leased"
+            task.accepted = task.unclaimed = task.status == "leased"
             if not task.ended:
                 self.down[task.site] = now
         for book in self.books.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from fedloom.serialization.messages import (
     PayloadRef,
     Ping,
     Pong,
+    Receipt,
     SubmitJob,
     Welcome,
 )
@@ -107,6 +109,22 @@ def test_commit_is_idempotent_and_fenced(world: Any) -> None:
     job.send(Commit(job.ref(), job.hello.job, 0, 1))
     fault = job.one(Fault)
     assert fault.code == "fenced" and fault.fatal
+
+
+def test_what_is_opened_behind_a_refused_commit_is_refused(world: Any, tools: Any) -> None:
+    job = world.job()
+    gone = PayloadRef(PayloadId("b3-" + "0" * 64), 9, "0" * 64)
+    commit = Commit(job.ref(), job.hello.job, 1, 0, state=gone)
+    job.send(commit)
+    assert job.one(Fault).ref == commit.ref
+    opening, sites = tools.opening(job, sites=("site-1",), round=1)
+    job.send(replace(opening, behind=commit.ref), sites)
+    assert job.one(Fault).code == "uncommitted"
+    assert not world.core.state.ledger.gathers
+    again = Commit(job.ref(), job.hello.job, 1, 0)
+    job.send(again)
+    job.send(replace(opening, behind=again.ref), sites)
+    assert job.one(Receipt).gather and len(world.core.state.ledger.gathers) == 1
 
 
 def test_best_and_commit_hold_their_models(world: Any) -> None:

@@ -32,6 +32,21 @@ def test_a_returning_executor_takes_its_leases_up_again_after_a_restart(world: A
     assert tools.finish(a, task).tasks == (task[1],)
 
 
+def test_a_task_that_the_brokers_death_kept_from_its_executor_is_no_try(world: Any, tools: Any) -> None:
+    job = world.job()
+    a = world.executor("site-1")
+    job.send(*tools.opening(job, sites=("site-1",), max_attempts=2))
+    for attempt in range(2, 6):
+        a.take(Assign)
+        world.restart()
+        a.connect()
+        world.pass_time(2)
+        (task,) = world.core.state.ledger.tasks.values()
+        assert (task.attempt, task.tries, task.ended) == (attempt, 0, False)
+    job.connect()
+    assert tools.finish(a, tools.work(a)[0]).tasks
+
+
 def test_what_a_restarted_executor_does_not_hold_is_given_again(world: Any, tools: Any) -> None:
     job = world.job()
     a = world.executor("site-1")

@@ -368,6 +368,14 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.fail(node, Fail(ref.task, ref.attempt, "bad", "", retryable or killed, killed), self.now)
             self.commit()
 
+    @rule(data=st.data())
+    def retry(self, data: st.DataObject) -> None:
+        gathers = self.ledger.gathers
+        dead = [t for t in self.ledger.tasks.values() if t.given_up and gathers[t.gather].state == "open"]
+        if dead:
+            self.ledger.retry(data.draw(st.sampled_from(dead)).id, self.now)
+            self.commit()
+
     @rule(seconds=st.sampled_from([0.1, 1.0, 11.0, 200.0]), alive=st.booleans())
     def wait(self, seconds: float, alive: bool) -> None:
         self.now += seconds
@@ -390,7 +398,7 @@ class LedgerMachine(RuleBasedStateMachine):
             again = self.ledger.gathers[gid]
             assert again.results == gather.results and again.partials == gather.partials
             assert (again.state, again.reason, again.quorum_at) == (gather.state, gather.reason, gather.quorum_at)
-            assert set(again.failed) == set(gather.failed)
+            assert set(again.failed) == {tid for tid in gather.failed if gather.tasks[tid].given_up}
             for tid, task in gather.tasks.items():
                 copy = again.tasks[tid]
                 assert (copy.status, copy.attempt, copy.owner, copy.tries, copy.killed, copy.base) == (

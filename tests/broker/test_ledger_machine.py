@@ -218,6 +218,22 @@ class LedgerMachine(machine.Beside):
             assert self.ledger.fail(node, message, self.now) == expected
             self.turn()
 
+    @precondition(lambda self: self.model.owners)
+    @rule(n=NUMBER, chance=st.integers(0, 5))
+    def retry(self, n: int, chance: int) -> None:
+        """An operator has mended what a task was given up for; or takes one for such that is not."""
+        if not any(map(self.model.may_retry, self.model.tasks())):
+            self.fail(n, False, False, False)
+        tasks = self.model.tasks()
+        tid = pick([tid for tid in tasks if self.model.may_retry(tid)] if chance else tasks, n)
+        if tid is not None and self.model.may_retry(tid):
+            self.model.retry(tid, self.now)
+            self.ledger.retry(TaskId(tid), self.now)
+        elif tid is not None:
+            with pytest.raises(FaultError, match=r"closed|only what was given up"):
+                self.ledger.retry(TaskId(tid), self.now)
+        self.turn()
+
     # ------------------------------------------------------------ results
 
     @precondition(lambda self: self.model.owners)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,14 @@ STEPS = "NUM_STEPS_CURRENT_ROUND"
 BASE = np.linspace(-1, 1, 64, dtype=np.float32)
 #: (site, round, the received model) -> what the site sends, or an error that its code raises.
 Train = Callable[[str, int, FLModel], FLModel | Exception]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that was answered at once."""
+
+    ref: int
+    outcome: tuple[Message, bytes] | FedloomError
 
 
 class CoreLink:
@@ -83,19 +91,19 @@ class CoreLink:
             raise fault_error(answers[0][0].code, answers[0][0].text)
         return answers[0]
 
-    def ask(self, message: Any, tail: bytes = b"") -> Any:
+    def ask(self, message: Any, tail: bytes = b"", *, more: bool = False) -> Asked:
         """Asked and answered at once; the answer is kept."""
         if isinstance(message, Put):
             self.puts.append(message.payload)
         try:
-            return self.request(message, tail)
+            return Asked(message.ref, self.request(message, tail))
         except FedloomError as error:
-            return error
+            return Asked(message.ref, error)
 
-    def answer(self, asked: Any, timeout_s: float = 60.0) -> tuple[Message, bytes]:
-        if isinstance(asked, FedloomError):
-            raise asked
-        return asked
+    def answer(self, asked: Asked, timeout_s: float = 60.0) -> tuple[Message, bytes]:
+        if isinstance(asked.outcome, FedloomError):
+            raise asked.outcome
+        return asked.outcome
 
     def put(self, ref: PayloadRef, buffers: Any, **owner: Any) -> PayloadRef:
         self.puts.append(ref)

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from fedloom.controller import job as job_process
-from fedloom.controller.federation import JobAborted
+from fedloom.controller.mailbox import JobAborted
 from fedloom.controller.workflow import Workflow
 from fedloom.controller.workflows.fedavg import FedAvg
 from fedloom.serialization.errors import FencedError, JobError, LinkError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fedloom.serialization.errors import GatherError, LinkError, NondeterministicError
 from fedloom.serialization.foldplan import FoldPlan
-from fedloom.serialization.messages import CloseRule, Done, Receipt
+from fedloom.serialization.messages import Answer, Ask, CloseRule, Done, Receipt
 
 ALL = CloseRule(min_clients=3)
 
@@ -95,6 +95,35 @@ def test_failures_are_told_once(farm: Any, tools: Any) -> None:
     assert {r.site for r in gather} == {"site-0", "site-2"}
     (failure,) = gather.failures
     assert (failure.site, failure.code, failure.text) == ("site-1", "user_error", "no data here")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_site_that_is_retried_is_no_failure_any_more(farm: Any, tools: Any, again: bool) -> None:
+    f = farm()
+    tried: list[str] = []
+
+    def train(site: str, round: int, model: Any) -> Any:
+        tried.append(site)
+        count = tried.count("site-1")
+        return (
+            RuntimeError(f"no data, {count}")
+            if site == "site-1" and count <= 1 + again
+            else tools.steady(site, round, model)
+        )
+
+    def retry() -> None:
+        client = f.world.client()
+        client.send(Ask(1, "letters", f.fed.job))
+        (letter,) = client.one(Answer).data["letters"]
+        client.send(Ask(2, "retry", f.fed.job, letter["letter"]))
+        assert client.one(Answer).data["site"] == "site-1"
+
+    f.train = train
+    gather = f.fed.gather("train", tools.model_of(), round=0, rule=CloseRule(min_clients=1))
+    f.events = [lambda: f.work(f.executors[1]), retry, *[lambda: f.work(f.executors[1])] * again]
+    seen = [result.site for result in gather]
+    assert sorted(seen) == (["site-0", "site-2"] if again else f.names)
+    assert [failure.text for failure in gather.failures] == (["no data, 2"] if again else [])
 
 
 def test_too_few_results(farm: Any, tools: Any) -> None:

@@ -180,6 +180,8 @@ class Checker:
             self._models(cluster, closed, job)
         if scenario.scores and not self.broken:
             self._matrix(cluster, [record for _, _, record in records], closed)
+        if scenario.fails:
+            self._letters(cluster, trained, state.journal.events(job.id, 0, 10_000))
         self._acknowledged(closed)
         self._payloads(cluster, state)
         for name, party in cluster.living.items():
@@ -210,6 +212,22 @@ class Checker:
         wanted = self.reference.matrix(cluster.scenario, closed, best)
         if got != wanted:
             self.say(f"the matrix is {got}; undisturbed it is {wanted}")
+
+    def _letters(self, cluster: Cluster, records: Sequence[dict[str, Any]], events: Sequence[Any]) -> None:
+        """Each order that was acknowledged was carried out once; what was retried and came is no failure."""
+        seen_to = [event for event in events if event.kind in ("task_retried", "letter_dropped")]
+        done = {event.data["letter"]: "retry" if event.kind == "task_retried" else "drop" for event in seen_to}
+        if len(done) < len(seen_to):
+            self.say(f"a dead letter was seen to twice: {[(e.kind, e.data) for e in seen_to]}")
+        cluster.hits.update(f"letters: {what}" for what in done.values())
+        for letter, what in cluster.orders.items():
+            if done.get(letter) != what:
+                self.say(f"{what} of dead letter {letter} was acknowledged; done is {done.get(letter)}")
+        for record in records:
+            both = {f["site"] for f in record["failures"]} & {site["name"] for site in record["sites"]}
+            if both:
+                self.say(f"round {record['round']} has results of {both}, which are among its failures")
+            cluster.hits["retried and folded"] += cluster.scenario.sites[-1] in {s["name"] for s in record["sites"]}
 
     def _acknowledged(self, closed: list[list[str]]) -> None:
         """What was acknowledged is what counts: the round's record names its site."""

@@ -74,6 +74,7 @@ class Cluster:
         self.broker_ended = False
         #: faults by kind that hit somebody while the job was at work
         self.hits: Counter[str] = Counter()
+        self.orders: dict[int, str] = {}  # of the operator, by letter: those that were acknowledged
         self.executions: Counter[tuple[str, int]] = Counter()
         self._host_dies: set[int] = set()
         self._why: dict[int, str] = {}
@@ -218,6 +219,8 @@ class Cluster:
 
         def train(model: Any, ctx: Any) -> Any:
             self.executions[ctx.site, ctx.round] += 1
+            if ctx.site == scenario.sites[-1] and self.executions[ctx.site, ctx.round] <= scenario.fails:
+                raise ValueError(f"{ctx.site} has no data for round {ctx.round}")
             system.time.sleep(self.machine.rng.uniform(0.1, 1.9) * scenario.task_s)
             return work(scenario, ctx.site, ctx.round, ctx.seed, model, ctx.state)
 
@@ -263,6 +266,8 @@ class Cluster:
                     answer, _ = link.request(Ask(link.next_ref(), "job", JobId(self.job)), timeout_s=20.0)
                     assert isinstance(answer, Answer)
                     self.status, self.reason = answer.data["status"], answer.data.get("reason", "")
+                    if self.scenario.fails:
+                        self._see_to_letters(link)
             except FedloomError as error:
                 self.machine.say(f"client: {error!r}")
                 system.time.sleep(0.2)
@@ -270,6 +275,23 @@ class Cluster:
                 link.close("done")
         self.ended_at = self.machine.now
         return 0
+
+    def _see_to_letters(self, link: Link) -> None:
+        """An operator at work: what may be retried is, now and then a letter is dropped; some orders are said twice."""
+        job = JobId(self.job)
+        answer, _ = link.request(Ask(link.next_ref(), "letters", job), timeout_s=20.0)
+        assert isinstance(answer, Answer)
+        for letter in answer.data["letters"]:
+            what = "retry" if letter["open"] and self.chance.random() < 0.8 else "drop"
+            for _ in range(self.chance.choice((1, 2))):
+                try:
+                    link.request(Ask(link.next_ref(), what, job, letter["letter"]), timeout_s=20.0)
+                except FaultError as error:
+                    if error.code in ("step_closed", "ended", "not_dead"):
+                        self.machine.say(f"operator: {error}")
+                        break  # meanwhile; or the answer to the same was lost with the link
+                    raise
+                self.orders[letter["letter"]] = what
 
     # ------------------------------------------------------------ what befalls them
 

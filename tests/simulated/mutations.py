@@ -15,6 +15,7 @@ from fedloom.broker import (
     core,
     jobs,
     leases,
+    letters,
     linksession,
     payloads,
     quota,
@@ -273,6 +274,24 @@ def fold_what_is_repeated() -> None:
         real(self, done, tail)
 
     gather.Gather.on_done = on_done
+
+
+@mutation("a task that was retried stays among the failures though its result came", variants=(16,))
+def keep_the_failure() -> None:
+    real = gather.Gather._take
+
+    def take(self: Any, result: Any) -> None:
+        failures = dict(self.seen.failures)
+        real(self, result)
+        self.seen.failures |= failures
+
+    gather.Gather._take = take
+
+
+@mutation("an operator's order that comes twice is carried out twice", variants=(16,))
+def carry_out_every_order() -> None:
+    real = letters._marks
+    letters._marks = lambda state, job, after: list(real(state, job, after))[:1]
 
 
 @mutation("a checkpoint claims one result more than it holds", variants=(5, 3), faults=("crash/job", "crash_step/job"))

@@ -50,7 +50,7 @@ def main() -> int:
         return _mutations(args)
     if args.plan:
         return _one(args.plan, args.verbose)
-    lines = [f"1 {variant} -" for variant in range(16)] if args.calm else None
+    lines = [f"1 {variant} -" for variant in range(17)] if args.calm else None
     if args.regressions:
         lines = [line for line in REGRESSIONS.read_text().splitlines() if line.partition("#")[0].strip()]
     return _many(args, lines)

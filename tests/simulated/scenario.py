@@ -44,6 +44,7 @@ class Scenario:
     task_s: float = 0.3
     twins: bool = False  # a second machine that wants to be each of them; what a site remembers does not move
     quota_models: int = 0  # of the spool, in models; 0: no bound
+    fails: int = 0  # the last site's code raises so often a round; an operator retries it, or drops it now and then
     scores: bool = False  # behind the training every model is scored at every site; drawn only where asked for
     seed: int = 7
 
@@ -75,6 +76,7 @@ VARIANTS: tuple[Scenario, ...] = (
     Scenario(singles=3, pooled=2, floats=9000, quota_models=24, checkpoint_bytes=60_000),
     Scenario(singles=3, pooled=0, scores=True),
     Scenario(singles=1, pooled=2, floats=9000, scores=True),
+    Scenario(singles=2, pooled=3, rounds=3, spared=1, task_s=0.8, fails=2),
 )
 
 

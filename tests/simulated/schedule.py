@@ -79,7 +79,7 @@ def draw(seed: int, variant: int | None = None) -> Plan:
     if variant is not None:
         return replace(faults.draw(seed, [VARIANTS[variant].busy_s], [1]), variant=variant)
     # those whose models go in chunks take three times as long to run
-    weights = [0 if scenario.scores else 1 if scenario.floats > 8192 else 3 for scenario in VARIANTS]
+    weights = [0 if scenario.scores or scenario.fails else 1 if scenario.floats > 8192 else 3 for scenario in VARIANTS]
     return faults.draw(seed, [scenario.busy_s for scenario in VARIANTS], weights)
 
 

@@ -44,6 +44,13 @@ def test_an_evaluation_ends_with_the_undisturbed_matrix(tmp_path: Path) -> None:
     assert seen["hits"]
 
 
+def test_an_operator_retries_what_was_given_up(tmp_path: Path) -> None:
+    """A site that fails twice a round, of a pool, and an operator who sees to its dead letters."""
+    seen = figures(tmp_path, "--variant", "16", "--schedules", "12")
+    assert seen["broken"] == []
+    assert seen["hits"]["letters: retry"] > 12 and seen["hits"]["retried and folded"] > 6
+
+
 def test_what_failed_once_does_not_fail_again(tmp_path: Path) -> None:
     lines = [line for line in (HERE / "regressions.txt").read_text().splitlines() if line.strip()]
     assert figures(tmp_path, "--regressions")["total"]["schedules"] == len(lines) >= 20
