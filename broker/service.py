@@ -118,8 +118,8 @@ class DataChild:
         self._started_at = time.monotonic()
         (self._config.store / "run" / "data.pid").write_text(f"{self._process.pid}\n")
 
-    def watch(self) -> None:
-        """Start it again if it has died, with a growing pause.
+    def watch(self) -> bool:
+        """Start it again if it has died, with a growing pause; whether it was found dead just now.
 
         Raises:
             LinkError: it ended before it ever worked: its endpoint is in use or may not be bound.
@@ -128,7 +128,7 @@ class DataChild:
         if self._process is not None:
             code = self._process.poll()
             if code is None:
-                return
+                return False
             if not self.seen_up:
                 raise LinkError(
                     f"the data link at {self._config.data_bind} could not start (exit code {code}): its own message is"
@@ -139,12 +139,18 @@ class DataChild:
                 raise StorageError(f"the disk of store {self._config.store} failed the data process: see its message")
             if now - self._started_at > _STEADY_S:
                 self._pause_s = _RESTART_S
-            log.error("data_process_died", code=code, restart_s=self._pause_s)
+            log.error(
+                "data_process_died",
+                code=code,
+                next=f"started again in {self._pause_s:g} s; streams go on where they were",
+            )
             self._process = None
             self._start_at = now + self._pause_s
             self._pause_s = min(_RESTART_MAX_S, self._pause_s * 2)
+            return True
         if now >= self._start_at:
             self.start()
+        return False
 
     def stop(self) -> None:
         """End it, politely at first."""
@@ -181,7 +187,8 @@ def run_broker(config: BrokerConfig, on_ready: Callable[[str], None] | None = No
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def turn() -> None:
-        child.watch()
+        if child.watch():
+            loop.core.state.counters["dead.data"] += 1
         if not child.seen_up and loop.data_up:
             child.seen_up = True
             log.info("broker_ready", endpoint=loop.endpoint, data=control.data_bind, store=str(control.store))
@@ -191,6 +198,10 @@ def run_broker(config: BrokerConfig, on_ready: Callable[[str], None] | None = No
     try:
         child.start()
         loop.run(stop, turn)
+    except StorageError as error:
+        next_ = "it ends; nothing acknowledged is lost: make room or mend the disk, and start it again"
+        log.error("broker_failed", error=str(error), next=next_)
+        raise
     finally:
         child.stop()
         loop.close()

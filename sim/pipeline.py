@@ -172,6 +172,8 @@ class Pipeline:
         Raises:
             ProcessError: a process has ended unasked; with what it said last.
         """
+        if self._warm.lost:  # all the others end with it, and are not to blame
+            raise ProcessError("the simulation's warm process was killed" + _quoted(self._warm.last_words()))
         dead = self._dead
         if dead is not None:
             from ..executor.hosts import describe_exit, log_tail  # most of the executor: only when it is needed
@@ -180,8 +182,6 @@ class Pipeline:
             how = describe_exit(code) if code is not None else "has ended"
             words = log_tail(dead.log_path, limit=3000)
             raise ProcessError(f"the simulation's {dead.name} process (pid {dead.pid}) {how}" + _quoted(words))
-        if self._warm.lost:
-            raise ProcessError("the simulation's warm process was killed" + _quoted(self._warm.last_words()))
 
     def end_agent(self, grace_s: float) -> bool:
         """Ask the agent to end, which lets its scripts end first; whether it did within ``grace_s``."""

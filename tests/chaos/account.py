@@ -40,6 +40,14 @@ def progress(store: Path) -> Progress | None:
     return None
 
 
+def taken(store: Path) -> set[tuple[int, str]]:
+    """The round and site of each task whose result the journal holds, of the gathers that are not committed."""
+    db = sqlite3.connect(f"file:{store / 'journal.db'}?mode=ro", uri=True, timeout=5.0)
+    with contextlib.closing(db):
+        (commits,) = db.execute("SELECT count(*) FROM commits").fetchone()
+        return {(commits, site) for (site,) in db.execute("SELECT site FROM tasks WHERE status = 'done'")}
+
+
 def status(store: Path, job_id: str) -> str:
     """A job's status by the journal; "" while it cannot be read."""
     with contextlib.suppress(sqlite3.Error):
@@ -81,17 +89,9 @@ def account(job: Any, job_id: str, records: list[dict[str, Any]], events: list[d
         out.payload_bytes += record["bytes"]
     out.folded = sum(folded.values())
     out.twice = sum(count - 1 for count in folded.values())
-    names = {
-        task_id(job_id, round_, step, "train", site, redo): (round_, site)
-        for round_ in range(job.rounds) for step in range(2) for redo in range(2) for site in job.sites
-    }  # fmt: skip
-    acknowledged: set[tuple[int, str]] = set()
-    for party in [name for name in fleet.all if name.startswith("site-")]:
-        for line in fleet.log_lines(party):
-            if line.get("event") == "results_stored":
-                acknowledged.update(names[task] for task in line["tasks"] if task in names)
-    out.acknowledged = len(acknowledged)
-    out.lost = len(acknowledged - set(folded))
+    known = acknowledged(job, job_id, fleet)
+    out.acknowledged = len(known)
+    out.lost = len(known - set(folded))
     refused = [event for event in events if event.get("kind") == "result_refused"]
     out.refused = len(refused)
     out.late = sum((event.get("data") or {}).get("code") in ("late", "stale", "closed") for event in refused)
@@ -100,6 +100,20 @@ def account(job: Any, job_id: str, records: list[dict[str, Any]], events: list[d
         out.wrong.append("a result was refused without a reason")
     if len(folded) != out.tasks:
         out.wrong.append(f"{len(folded)} results were folded, of {out.tasks}")
+    return out
+
+
+def acknowledged(job: Any, job_id: str, fleet: Any) -> set[tuple[int, str]]:
+    """The round and site of each result whose executor has logged that it is stored."""
+    names = {
+        task_id(job_id, round_, step, "train", site, redo): (round_, site)
+        for round_ in range(job.rounds) for step in range(2) for redo in range(2) for site in job.sites
+    }  # fmt: skip
+    out: set[tuple[int, str]] = set()
+    for party in [name for name in fleet.all if name.startswith("site-")]:
+        for line in fleet.log_lines(party):
+            if line.get("event") == "results_stored":
+                out.update(names[task] for task in line["tasks"] if task in names)
     return out
 
 

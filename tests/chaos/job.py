@@ -19,7 +19,7 @@ import time
 import fedloom.client as flare
 import numpy as np
 
-runs, work_s = sys.argv[1], float(sys.argv[2])
+runs, work_s, keeps = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 
 
 def say(word, site, number):
@@ -32,11 +32,12 @@ def step(model, state, site):
     say("begin", site, model.current_round)
     time.sleep(work_s)
     velocity = 0.9 * state.get("velocity", np.float32(0)) + np.random.standard_normal(1)[0].astype(np.float32)
-    state["velocity"] = np.float32(velocity)
+    if keeps:
+        state["velocity"] = np.float32(velocity)
     noise = np.random.standard_normal(value.shape).astype(value.dtype) * np.float32(0.1)
     say("end", site, model.current_round)
     return flare.FLModel(
-        params={"numpy_key": value + noise + np.float32(0.01) * state["velocity"]},
+        params={"numpy_key": value + noise + np.float32(0.01) * np.float32(velocity)},
         meta={"NUM_STEPS_CURRENT_ROUND": 3 + int(site[-1])},
     )
 
@@ -79,7 +80,8 @@ def train(model, ctx):
 class ChaosJob:
     """One job folder, its log of executions, and the digest of its model where nothing goes wrong."""
 
-    def __init__(self, folder: Path, *, sites: int, rounds: int, elements: int, function: bool, work_s: float) -> None:
+    def __init__(self, folder: Path, *, sites: int, rounds: int, elements: int, function: bool, work_s: float,
+                 keeps: bool = True) -> None:  # fmt: skip
         self.folder = folder
         self.rounds = rounds
         self.sites = [f"site-{number}" for number in range(1, sites + 1)]
@@ -93,7 +95,7 @@ class ChaosJob:
             min_clients=sites,
             num_rounds=rounds,
             train_script=f"{code}:train" if function else str(code),
-            train_args="" if function else f"'{self.runs_path}' {work_s}",
+            train_args="" if function else f"'{self.runs_path}' {work_s} {int(keeps)}",
             seed=11,
         )
 

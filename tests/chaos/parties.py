@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,22 +51,25 @@ class Parties:
         streamed: bool,
         seed: int,
         bounds: Mapping[str, float] | None = None,
+        network: Any = None,
     ) -> None:
         self.children = children
         self.folder = folder
         self.store = folder / "store"
         self.sites = tuple(sites)
         broker, front = ports
-        self.control = FaultProxy(front, broker, seed)
-        self.data = FaultProxy(front + 1, broker + 1, seed + 1)
-        self.endpoint = f"tcp://127.0.0.1:{front}"
+        host = network.host if network else "127.0.0.1"
+        self.network = network
+        self.control = FaultProxy(front, broker, seed, host)
+        self.data = FaultProxy(front + 1, broker + 1, seed + 1, host)
+        self.endpoint = f"tcp://{host}:{front}"
         sets = [word for name, value in (TIMES | dict(bounds or {})).items() for word in ("--set", f"{name}={value}")]
         self._streamed = {"FEDLOOM_NO_LOCAL": "1"} if streamed else {}
         self.all: dict[str, Party] = {}
         self._lock = threading.RLock()
         self._stop = threading.Event()
         logs = ("--log-level", "debug", "--log-format", "json")
-        self._add("broker", "broker", "--bind", f"tcp://127.0.0.1:{broker}", "--advertise", f"127.0.0.1:{front + 1}",
+        self._add("broker", "broker", "--bind", f"tcp://127.0.0.1:{broker}", "--advertise", f"{host}:{front + 1}",
                   "--store", str(self.store), "--durability", "process", *sets, *logs)  # fmt: skip
         self._add("controller", "controller", "--broker", self.endpoint, *logs)
         for site in self.sites:
@@ -99,7 +103,9 @@ class Parties:
         self._keeper.start()
 
     def _start(self, party: Party) -> None:
-        party.child = self.children.fedloom(*party.argv, env=party.env)
+        away = self.network.prefix if self.network and party.name != "broker" else ()
+        argv = [*away, sys.executable, "-m", "fedloom", *party.argv]
+        party.child = self.children.start(argv, name=f"fedloom-{party.argv[0]}", env=party.env)
         party.logs.append(party.child.log_path)
 
     def _keep(self) -> None:

@@ -28,6 +28,7 @@ class Weather:
 
     flip: float = 0.0  # the share of message frames in which one bit is flipped
     least: int = 0  # bytes of a frame that is flipped: chunks are large, control messages are not
+    most: int = -1  # frames that are still to be flipped; -1: no end
     bytes_per_s: float = 0.0  # of each connection and direction; 0: as fast as it goes
 
 
@@ -74,7 +75,8 @@ class _Frames:
             if flags & _COMMAND or self.skip < max(1, weather.least) or not weather.flip:
                 continue
             counts.frames += 1
-            if chance.random() < weather.flip:
+            if weather.most and chance.random() < weather.flip:
+                weather.most -= weather.most > 0
                 self.target = chance.randrange(self.skip)
 
 
@@ -92,12 +94,12 @@ class _Way:
 
 
 class FaultProxy:
-    """Listens on ``port`` of loopback and passes everything on to ``target``.
+    """Listens on ``port`` of loopback, or of another address of this machine's, and passes everything on to ``target``.
 
     A lost connection is passed on as well: where one side closes, the other is closed.
     """
 
-    def __init__(self, port: int, target: int, seed: int) -> None:
+    def __init__(self, port: int, target: int, seed: int, host: str = "127.0.0.1") -> None:
         self.weather = Weather()
         self.counts = Counts()
         self._target = target
@@ -106,7 +108,7 @@ class FaultProxy:
         self._ways: list[_Way] = []
         self._orders: list[Callable[[], None]] = []
         self._lock = threading.Lock()
-        self._listener = socket.create_server(("127.0.0.1", port), backlog=256)
+        self._listener = socket.create_server((host, port), backlog=256)
         self._listener.setblocking(False)
         self._woken, self._wake = socket.socketpair()
         self._selector.register(self._listener, selectors.EVENT_READ)

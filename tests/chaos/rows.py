@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from siblings import load
 
 parties = load(__file__, "parties")
+Sign = load(__file__, "sight").Sign
 
 MIB = 1024 * 1024
 
@@ -31,11 +32,14 @@ class Row:
         elements: float32 numbers of the model.
         streamed: results and models go through the proxy rather than by files.
         work_s, rounds: how long a site trains, and another number of rounds: many short ones make many messages.
+        sign: how an operator sees it.
+        away: the peers are in a network of their own (`network.py`).
         medium: where the store lies on a small file system of its own: ``"spool"``, ``"journal"``.
     """
 
     name: str
     inject: Callable[[Any, Any], int]
+    sign: Any
     heal: Callable[[Any], None] | None = None
     wire: Callable[[Any], int] | None = None
     lasts_s: float = 0.0
@@ -44,6 +48,8 @@ class Row:
     function: bool = False
     second: bool = False
     medium: str = ""
+    away: bool = False
+    sites: int = 4
     work_s: float = 0.25
     rounds: int = 0
 
@@ -110,6 +116,15 @@ def _cut(fleet: Any, _: Any) -> int:
     return fleet.control.cut() + fleet.data.cut()
 
 
+def _unplug(fleet: Any, _: Any) -> int:
+    fleet.network.down()
+    return 1
+
+
+def _plug_in(fleet: Any) -> None:
+    fleet.network.up()
+
+
 def _stall(fleet: Any, _: Any) -> int:
     fleet.data.weather.bytes_per_s = 4 * MIB
     return fleet.data.stall(1.5 * parties.TIMES["stall_s"])
@@ -125,15 +140,37 @@ def _flip_control(fleet: Any, _: Any) -> int:
     return 1
 
 
+def _flip_one(proxy: Any, least: int) -> int:
+    """One frame and no more; 1 once it has passed."""
+    weather, before = proxy.weather, proxy.counts.flipped
+    weather.least, weather.most, weather.flip = least, 1, 1.0
+    hit = parties.until(lambda: proxy.counts.flipped > before, 5.0)
+    weather.flip, weather.most = 0.0, -1
+    return int(hit)
+
+
+def _flip_chunk(fleet: Any, _: Any) -> int:
+    return _flip_one(fleet.data, 16 * 1024)
+
+
+def _flip_message(fleet: Any, _: Any) -> int:
+    return _flip_one(fleet.control, 0)
+
+
 def _fill(fleet: Any, _: Any) -> int:
-    """Take what is left of the disk; whether something failed for it is seen in the broker's end."""
+    """Take what is left of the disk; it hits once the broker says that something could not be written."""
+
+    def said() -> int:
+        return sum(line.get("event") in _DISK.events for line in fleet.log_lines("broker"))
+
+    before = said()
     ballast: Path = fleet.full / "ballast"
     with ballast.open("wb", buffering=0) as file:
         try:
             while file.write(bytes(64 * 1024)):
                 pass
         except OSError:
-            return 1
+            return int(parties.until(lambda: said() > before, 5.0))
     return 0
 
 
@@ -141,27 +178,61 @@ def _empty(fleet: Any) -> None:
     (fleet.full / "ballast").unlink(missing_ok=True)
 
 
+_GONE = Sign("broker", ("session_dead",), "dead.executor", "attempt")
+_SCRIPT = Sign("site", ("task_failed", "host_failed_between_tasks"), "failed.killed", "attempt")
+_NO_BROKER = Sign("peer", ("link_down",), "", "cuts")
+_DISK = Sign("broker", ("broker_failed", "data_failed", "spool_full"))
+_STALL, _CHUNK = Sign("broker", ("upload_ended",)), Sign("broker", ("upload_ended",))
+_MALFORMED = Sign("broker", ("malformed",), "fault.malformed")
+
 ROWS = {
     row.name: row
     for row in (
-        Row("executor", _executor),
-        Row("executor, large model", _executor, elements=2 * MIB, streamed=True),
-        Row("parked script", _host),
-        Row("worker", _host, function=True),
-        Row("job process", _job),
-        Row("controller", _controller),
-        Row("control loop", _control),
-        Row("data loop", _data, elements=2 * MIB, streamed=True),
-        Row("whole broker", _broker, elements=MIB, streamed=True),
-        Row("everything at once", _everything, elements=MIB, streamed=True),
-        Row("frozen past its lease", _freeze, _thaw, lasts_s=1.5 * parties.TIMES["dead_s"], second=True),
-        Row("connections cut", _cut, elements=MIB, streamed=True),
-        Row("stalled stream on a slow link", _stall, elements=2 * MIB, streamed=True),
-        Row("a bit flipped in 1% of the chunks", _flip_chunks, wire=lambda fleet: fleet.data.counts.flipped,
-            elements=4 * MIB, streamed=True),
-        Row("a bit flipped in 0.1% of the control messages", _flip_control,
+        Row("executor", _executor, _GONE),
+        Row("executor, large model", _executor, _GONE, elements=2 * MIB, streamed=True),
+        Row("parked script", _host, _SCRIPT),
+        Row("worker", _host, _SCRIPT, function=True),
+        Row("job process", _job, Sign("controller", ("job_process_ended",), "dead.job", "claim")),
+        Row("controller", _controller, Sign("broker", ("session_dead",), "dead.controller", "claim")),
+        Row("control loop", _control, _NO_BROKER),
+        Row("data loop", _data, Sign("broker", ("data_process_died",), "dead.data"), elements=2 * MIB, streamed=True),
+        Row("whole broker", _broker, _NO_BROKER, elements=MIB, streamed=True),
+        Row("everything at once", _everything, Sign("broker", ("journal_replayed",), "", "claim"),
+            elements=MIB, streamed=True),
+        Row("frozen past its lease", _freeze, _GONE, _thaw, lasts_s=1.5 * parties.TIMES["dead_s"], second=True),
+        Row("connections cut", _cut, Sign("peer", ("link_down",), "again.executor", "cuts"),
+            elements=MIB, streamed=True),
+        Row("network away", _unplug, Sign("broker", ("session_dead",), "dead.executor", "cuts"), _plug_in,
+            lasts_s=1.5 * parties.TIMES["dead_s"], elements=MIB, streamed=True, away=True),
+        Row("stalled stream on a slow link", _stall, _STALL,
+            elements=2 * MIB, streamed=True),
+        Row("a bit flipped in 1% of the chunks", _flip_chunks, _CHUNK,
+            wire=lambda fleet: fleet.data.counts.flipped, elements=4 * MIB, streamed=True),
+        Row("a bit flipped in 0.1% of the control messages", _flip_control, _MALFORMED,
             wire=lambda fleet: fleet.control.counts.flipped, elements=1000, work_s=0.01, rounds=400),
-        Row("disk full in the spool", _fill, _empty, lasts_s=1.0, elements=MIB, streamed=True, medium="spool"),
-        Row("disk full in the journal", _fill, _empty, lasts_s=1.0, medium="journal"),
+        Row("disk full in the spool", _fill, _DISK, _empty, lasts_s=1.0, elements=MIB, streamed=True, medium="spool"),
+        Row("disk full in the journal", _fill, _DISK, _empty, lasts_s=1.0, medium="journal"),
     )
 }  # fmt: skip
+
+
+def one_of_each(disk: bool, away: bool) -> tuple[Row, list[Row]]:
+    """The short form: the fleet, and a fault of each kind in turn; those that kill the broker, and its counts, first.
+
+    Args:
+        disk: the store lies on a small file system.
+        away: the peers are in a network of their own.
+    """
+    named = ["everything at once", "whole broker", "control loop", *["disk full in the spool"] * disk, "data loop",
+             "stalled stream on a slow link", "executor", "parked script", "job process", "controller",
+             "connections cut", *["network away"] * away]  # fmt: skip
+    frozen = replace(
+        ROWS["frozen past its lease"], second=False
+    )  # the sites of this fleet keep something for themselves
+    # a single script may be killed between its tasks, a single message altered on its way to a peer: nothing is counted
+    script = replace(ROWS["parked script"], sign=replace(_SCRIPT, counter="", entry=""))
+    message = Sign("all", ("malformed", "message_unreadable"))
+    flips = [Row("a bit flipped in a chunk", _flip_chunk, _CHUNK), Row("in a message", _flip_message, message)]
+    fleet = Row("one of each", _executor, _GONE, elements=MIB // 2, streamed=True, medium="store" * disk, away=away,
+                sites=2)  # fmt: skip
+    return fleet, [*(script if name == script.name else ROWS[name] for name in named), frozen, *flips]

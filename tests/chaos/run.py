@@ -26,7 +26,12 @@ from siblings import load  # noqa: E402
 
 rows = load(__file__, "rows")
 matrix = load(__file__, "matrix")
+network = load(__file__, "network")
+warm = load(__file__, "warm")
 processes = load(__file__, "../conftest")
+
+#: All rows; of the last one the processes are a simulation's.
+NAMES = (*rows.ROWS, warm.NAME)
 
 _COLUMNS = (
     ("row", "fault"), ("hit", "hit"), ("acknowledged", "acknowledged"), ("lost", "lost"), ("twice", "folded twice"),
@@ -59,20 +64,56 @@ def may_mount() -> bool:
         return subprocess.run(["umount", folder], capture_output=True).returncode == 0
 
 
-def run_row(name: str, faults: int, seed: int, folder: Path) -> dict[str, Any]:
-    """One row's figures."""
-    row = rows.ROWS[name]
-    logs = folder / "logs"
-    logs.mkdir(parents=True)
-    children = processes.Children(logs)
-    run = matrix.Run(row, children, folder, two_ports(random.Random(seed)), seed)
-    began = time.monotonic()
+def run_with(children: Any, name: str, faults: int, seed: int, folder: Path, rounds: int) -> Any:
+    """A row's outcome; what it has started is at its end or ends with ``children``."""
+    if name == warm.NAME:
+        return warm.WarmRun(children, folder, seed).run(faults, rounds)
+    run = matrix.Run(rows.ROWS[name], children, folder, two_ports(random.Random(f"{name} {seed}")), seed)
     try:
-        outcome = run.run(faults, rounds=max(6, min(60, faults + 4)))
+        return run.run(faults, rounds)
+    finally:
+        run.close()
+        if run.mounted or run.network:
+            children.close()
+            run.unmount()
+
+
+def run_short(children: Any, seed: int, folder: Path) -> Any:
+    """The outcome of one fault of each kind, as far as this user may bring them about."""
+    fleet, turns = rows.one_of_each(may_mount(), network.may_make())
+    run = matrix.Run(fleet, children, folder, two_ports(random.Random(seed)), seed, turns)
+    try:
+        return run.run(len(turns), rounds=len(turns))
     finally:
         run.close()
         children.close()
         run.unmount()
+
+
+def barred(name: str) -> str:
+    """Why this user may not run a row; "" where nothing is in its way."""
+    row = rows.ROWS.get(name)
+    if row is not None and row.medium and not may_mount():
+        return "this user may not mount a small file system"
+    if row is not None and row.away and not network.may_make():
+        return "this user may not make a network namespace"
+    return ""
+
+
+def run_row(name: str, faults: int, seed: int, folder: Path) -> dict[str, Any]:
+    """One row's figures; "" stands for the short form."""
+    logs = folder / "logs"
+    logs.mkdir(parents=True)
+    children = processes.Children(logs)
+    began = time.monotonic()
+    try:
+        outcome = (
+            run_short(children, seed, folder)
+            if not name
+            else run_with(children, name, faults, seed, folder, rounds=max(6, min(60, faults + 4)))
+        )
+    finally:
+        children.close()
     return outcome.figures() | {"seconds": round(time.monotonic() - began, 1)}
 
 
@@ -92,22 +133,23 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("rows", nargs="*", metavar="row", help=f"of: {', '.join(rows.ROWS)}")
+    parser.add_argument("rows", nargs="*", metavar="row", help=f"of: {', '.join(NAMES)}".replace("%", "%%"))
     parser.add_argument("--faults", type=int, default=20, help="a row, that hit")
+    parser.add_argument("--short", action="store_true", help="one fault of each kind, by one fleet")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", type=Path, help="a folder for the logs of rows that went wrong")
     args = parser.parse_args()
-    if unknown := [name for name in args.rows if name not in rows.ROWS]:
-        parser.error(f"row {unknown[0]!r}; there are: {', '.join(rows.ROWS)}")
+    if unknown := [name for name in args.rows if name not in NAMES]:
+        parser.error(f"row {unknown[0]!r}; there are: {', '.join(NAMES)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the parties end with this process
     found: list[dict[str, Any]] = []
     left_out: list[str] = []
     if args.keep:
         args.keep.mkdir(parents=True, exist_ok=True)
-    for name in args.rows or rows.ROWS:
-        if rows.ROWS[name].medium and not may_mount():
-            left_out.append(name)
+    for name in args.rows or ([""] if args.short else NAMES):
+        if why := barred(name):
+            left_out.append(f"{name}: {why}")
             continue
         folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=args.keep))
         figures = run_row(name, args.faults, args.seed, folder)
@@ -117,7 +159,7 @@ def main() -> int:
             print(f"WRONG: {name}: logs in {folder}", flush=True)
     print(f"\n{table(found)}")
     for name in left_out:
-        print(f"left out: {name}: this user may not mount a small file system")
+        print(f"left out: {name}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=1))
