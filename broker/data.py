@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +29,9 @@ import zmq
 from ..serialization.envelope import Buffer
 from ..serialization.errors import FedloomError, StorageError, WireError
 from ..serialization.loglimit import LINES
+from ..serialization.memory import give_back, keep_freed_memory
 from ..serialization.messages import decode, encode
-from ..serialization.processes import die_with_parent, keep_freed_memory, setup_logging
+from ..serialization.processes import die_with_parent, setup_logging
 from .datasync import Epochs, Syncer
 from .options import apply
 from .sockets import bind, connect, make_context, make_socket
@@ -50,6 +51,7 @@ _WORK_BYTES = 16 * 1024 * 1024
 _WORK_CHUNKS = 16
 _TICK_S = 0.05
 _SWEEP_S = 600.0
+_IDLE_S = 5.0
 _MAX_ERRORS = 100
 
 
@@ -119,7 +121,7 @@ class DataLoop:
         self._spool = spool
         self._errors = 0
         self._sequence = 0
-        self._ticked_at = self._swept_at = float("-inf")
+        self._ticked_at = self._swept_at = self._idled_at = float("-inf")
         self._outboxes: dict[bytes, deque[list[Buffer]]] = {}
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._context = make_context(2)
@@ -147,8 +149,8 @@ class DataLoop:
         self._poller.register(self._control, zmq.POLLIN)
         self._poller.register(self._wake_r, zmq.POLLIN)
 
-    def run(self, stop: threading.Event) -> None:
-        """Turn until told to stop."""
+    def run(self, stop: threading.Event, on_idle: Callable[[], None] = lambda: None) -> None:
+        """Turn until told to stop; ``on_idle`` is called now and then where there is nothing to do."""
         log.info("data_up", endpoint=self.endpoint, durability=self._spool.durability)
         self.transfers.start(time.monotonic())
         more = True
@@ -166,6 +168,9 @@ class DataLoop:
                 self.transfers.landed(key, now, gone=gone)
             self._send_all()
             self._sweep(now)
+            if self.transfers.idle and now - self._idled_at >= _IDLE_S:
+                self._idled_at = now
+                on_idle()
 
     def wake(self) -> None:
         """End the wait of the present turn; safe in a signal handler."""
@@ -310,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             signal.signal(signal.SIGTERM, end)
             signal.signal(signal.SIGINT, end)
-            loop.run(stop)
+            loop.run(stop, give_back)
         finally:
             loop.close()
     except StorageError as error:

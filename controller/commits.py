@@ -19,7 +19,6 @@ log = structlog.get_logger(__name__)
 class _UnderWay:
     commit: Commit
     asked: Request
-    began: float  # its span
 
 
 class Commits:
@@ -47,7 +46,8 @@ class Commits:
         self.settle()
         fault_point("job.before_commit")
         began = spans.start()
-        self._under_way = _UnderWay(commit, self._link.ask(commit), began)
+        self._under_way = _UnderWay(commit, self._link.ask(commit))
+        spans.end("commit", began, round=commit.round)
 
     def settle(self) -> None:
         """Wait until the last commit is durable.
@@ -59,11 +59,12 @@ class Commits:
         under_way, self._under_way = self._under_way, None
         if under_way is None:
             return
+        began = spans.start()
         try:
             self._payloads.settle()
         finally:
             self._link.answer(under_way.asked, self._timeout_s)
         commit = under_way.commit
-        spans.end("commit", under_way.began, round=commit.round)
+        spans.end("commit", began, round=commit.round)
         spans.flush()
         log.info("round_committed", job=commit.job, round=commit.round)

@@ -249,6 +249,7 @@ class Federation:
         )
         gather = self.open(opening, tuple(sites) or self._sites)
         spans.end("open", began, round=number)
+        self.settle()
         return gather
 
     def open(self, opening: OpenGather, sites: tuple[str, ...]) -> Gather:
@@ -257,7 +258,6 @@ class Federation:
         gather = Gather(self, opening, sites)
         self.mail.expect(gather)
         self.link.send(*gather.message())
-        self.settle()
         return gather
 
     def close_gather(self, gather: Gather) -> None:

@@ -9,6 +9,24 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+#: Of glibc's mallopt.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 16 * 1024 * 1024
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep up to 16 MiB of freed memory in each of its arenas, for a process through which chunks pass.
+
+    By itself it gives freed chunks back to the kernel, and the next ones lie in new pages, which was a fifth of the
+    data process's time. It should `give_back` them where it has nothing to do. With glibc; elsewhere nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
 
 def give_back(*, cuda: bool = False) -> None:
     """Collect garbage and return free memory to the system; with ``cuda``, torch's free GPU memory as well.

@@ -13,12 +13,9 @@ import structlog
 
 from .loglimit import LINES
 
-__all__ = ["die_with_parent", "keep_freed_memory", "setup_logging"]
+__all__ = ["die_with_parent", "setup_logging"]
 
 _PR_SET_PDEATHSIG = 1
-#: Of glibc's mallopt.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 16 * 1024 * 1024
 
 
 def die_with_parent(parent: int | None = None, signum: int = signal.SIGKILL) -> None:
@@ -32,20 +29,6 @@ def die_with_parent(parent: int | None = None, signum: int = signal.SIGKILL) -> 
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0)
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signum)
-
-
-def keep_freed_memory() -> None:
-    """Have malloc keep up to 16 MiB of freed memory in each of its arenas, for a process through which chunks pass.
-
-    By itself it gives freed chunks back to the kernel, and the next ones lie in new pages, which was a fifth of the
-    data process's time. With glibc; elsewhere nothing.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def setup_logging(level: str = "info", json_lines: bool = False) -> None:

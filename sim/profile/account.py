@@ -128,7 +128,7 @@ def _steps(spans: Iterable[Span], start: float, end: float) -> dict[str, float]:
 
     ask: until the executor has the first task. work: until the last task has left its slot. return: until the last
     word of the broker that the job waited for. finish: until the last fold has ended. commit: the new model on its way
-    to the broker, and its word that it is durable. between: until the next round.
+    to the broker, and its word that it is durable, where that is not waited for in the next round. between: until that.
     """
     last: dict[str, float] = {}
     first = end

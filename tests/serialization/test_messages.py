@@ -78,6 +78,7 @@ SAMPLES: list[tuple[m.Message, bytes]] = [
             lease_s=20.0,
             redo=1,
             have=4,
+            behind=6,
         ),
         pack({"sites": ["site-1", "site-2"]}),
     ),
@@ -149,7 +150,7 @@ SAMPLES: list[tuple[m.Message, bytes]] = [
     (m.Fault("stale", "attempt 1; the current one is 2", 17, 99, True), b""),
 ]
 #: Fields that the first version's messages did not have.
-LATER = {"SubmitJob": {"start"}}
+LATER = {"SubmitJob": {"start"}, "OpenGather": {"behind"}}
 IDS = [type(message).__name__ for message, _ in SAMPLES]
 
 
