@@ -18,7 +18,7 @@ demo: venv  ## a federated model, trained on real digits through the whole pipel
 	$(BIN)/python examples/digits/job.py --workspace workspace
 
 test: venv  ## everything, processes and kill -9 included, on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 test-fast: venv  ## the tiers that start no processes, on two cores: under a minute
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not process and not gpu and not proof"
