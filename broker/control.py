@@ -166,8 +166,16 @@ class ControlLoop:
         self._poller.register(self._wake_r, zmq.POLLIN)
 
     def run(self, stop: threading.Event, every_turn: Callable[[], None] | None = None) -> None:
-        """Turn until told to stop, then say goodbye."""
+        """Turn until told to stop or until the broker cannot go on, then say goodbye."""
         log.info("control_up", endpoint=self.endpoint, epoch=self.core.state.epoch)
+        try:
+            self._turns(stop, every_turn)
+        except Exception:
+            self._say_bye()
+            raise
+        self._say_bye()
+
+    def _turns(self, stop: threading.Event, every_turn: Callable[[], None] | None) -> None:
         while not stop.is_set():
             self._poll()
             self._receive_peers()
@@ -183,7 +191,6 @@ class ControlLoop:
             self._send_all()
             if every_turn is not None:
                 every_turn()
-        self._say_bye()
 
     @property
     def data_up(self) -> bool:

@@ -6,15 +6,15 @@ whole thing as a child of a test.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -22,6 +22,7 @@ from typing import IO, Any, Literal
 import structlog
 
 from ..serialization.errors import FedloomError, LinkError, LinkTimeout, StorageError
+from ..serialization.scratch import Scratch
 from .control import ControlConfig, ControlLoop
 from .data import STORAGE_EXIT, DataConfig
 from .sockets import data_endpoint_for, free_endpoint
@@ -62,11 +63,10 @@ class BrokerConfig:
     quota_bytes: int = 0  # 0: four fifths of the disk's free space at the start, and what the store holds
     bounds: Mapping[str, int | float] = field(default_factory=dict[str, int | float])  # further ones, see `options`
 
-    def control(self) -> ControlConfig:
+    def control(self, internal: str) -> ControlConfig:
         """For the control loop; a wildcard port becomes a concrete one here, since the data link's is next to it."""
         bind = free_endpoint(self.bind)
         data_bind = self.data_bind or data_endpoint_for(bind)
-        internal = internal_endpoint(self.store)
         fields: dict[str, Any] = asdict(self)
         fields |= {name: value for name, value in self.bounds.items() if name in fields}
         fields |= {"store": self.store.absolute(), "bind": bind, "data_bind": data_bind, "internal": internal}
@@ -90,13 +90,16 @@ def data_config(control: ControlConfig, parent: int = 0) -> DataConfig:
     )
 
 
-def internal_endpoint(store: Path) -> str:
+@contextlib.contextmanager
+def internal_endpoint(store: Path) -> Generator[str]:
     """Where control and data process meet: in the store, or in a folder of its own where that path is too long."""
     path = store.absolute() / "run" / "internal"
-    if len(str(path).encode()) > _MAX_INTERNAL:
-        return f"ipc://{tempfile.mkdtemp(prefix='fedloom-')}/internal"
+    if len(os.fsencode(path)) > _MAX_INTERNAL:
+        with Scratch("broker", short=True) as folder:
+            yield f"ipc://{folder}/internal"
+        return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return f"ipc://{path}"
+    yield f"ipc://{path}"
 
 
 class DataChild:
@@ -175,8 +178,12 @@ def run_broker(config: BrokerConfig, on_ready: Callable[[str], None] | None = No
         FaultError: ``insecure_bind``. LinkError: an endpoint is in use.
         StorageError: the store is another broker's, damaged, or its disk failed.
     """
+    with internal_endpoint(config.store) as internal:
+        _run(config.control(internal), on_ready)
+
+
+def _run(control: ControlConfig, on_ready: Callable[[str], None] | None) -> None:
     stop = threading.Event()
-    control = config.control()
     loop = ControlLoop(control)
     child = DataChild(control)
 

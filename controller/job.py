@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from ..serialization.faultpoints import fault_point
 from ..serialization.jobspec import JobSpec
 from ..serialization.messages import Claimed, ClaimJob, EndJob, Hello, JobId
 from ..serialization.processes import die_with_parent, setup_logging
+from ..serialization.scratch import Scratch
 from .federation import GIVE_UP_S, Federation
 from .filters import filled
 from .inbox import Inbox
@@ -57,8 +56,8 @@ class JobRequest:
     log_json: bool = False
 
 
-def run_job(request: JobRequest) -> int:
-    """Run a claimed job to its end; the exit code of its process."""
+def run_job(request: JobRequest, work: Path) -> int:
+    """Run a claimed job to its end, with its code unpacked in ``work``; the exit code of its process."""
     inbox = Inbox()
     hello = Hello(
         node=f"job/{request.job}/{request.claim}",
@@ -68,7 +67,6 @@ def run_job(request: JobRequest) -> int:
         claim=request.claim,
     )
     link = Link(request.broker, hello, on_message=inbox.put, give_up_s=GIVE_UP_S)
-    work = Path(tempfile.mkdtemp(prefix="fedloom-job-"))
     structlog.contextvars.bind_contextvars(job=request.job)
     try:
         link.start()
@@ -89,7 +87,6 @@ def run_job(request: JobRequest) -> int:
         return LOST
     finally:
         link.close("the job process ends")
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _run(link: Link, inbox: Inbox, claimed: Claimed, work: Path) -> tuple[Status, str]:
@@ -143,7 +140,9 @@ def main(request: dict[str, Any] | None = None) -> None:
     parsed = JobRequest(**values)
     setup_logging(parsed.log_level, parsed.log_json)
     crew.allow(_FOLD_THREADS)
-    sys.exit(run_job(parsed))
+    with Scratch("job") as work:
+        code = run_job(parsed, work)
+    sys.exit(code)
 
 
 def as_argument(request: JobRequest) -> str:

@@ -12,15 +12,12 @@ import hmac
 import os
 import secrets
 import selectors
-import shutil
 import socket
 import struct
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -28,6 +25,7 @@ import structlog
 from ..serialization.codec import check_plain, pack, unpack
 from ..serialization.envelope import Buffer
 from ..serialization.errors import CodecError, LinkError, LinkTimeout
+from ..serialization.scratch import Scratch
 
 log = structlog.get_logger(__name__)
 
@@ -214,9 +212,8 @@ class ChannelServer:
 
     def start(self) -> None:
         """Open the socket and start the thread."""
-        # short by construction: a unix socket's path has at most 107 bytes, and workspaces lie deep
-        self._folder = Path(tempfile.mkdtemp(prefix="fedloom-", dir=_short_tmp()))
-        self.path = str(self._folder / "channel")
+        self._folder = Scratch("executor", short=True)
+        self.path = str(self._folder.path / "channel")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(self.path)
         self._listener.listen(256)
@@ -276,7 +273,7 @@ class ChannelServer:
         self._selector.close()
         for sock in (self._listener, self._wake_r, self._wake_w):
             sock.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.close()
 
     # ------------------------------------------------------------ the thread
 
@@ -390,8 +387,3 @@ class ChannelServer:
         peer.sock.close()
         if peer.known:
             self._on_message(peer.id, peer.host, peer.role, None)
-
-
-def _short_tmp() -> str | None:
-    base = tempfile.gettempdir()
-    return None if len(base) < 60 else "/tmp"  # noqa: S108 - mkdtemp below it is private

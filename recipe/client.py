@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -22,6 +21,7 @@ from ..serialization.errors import CodecError, FaultError, FedloomError, JobErro
 from ..serialization.jobmessages import START_FEATURE
 from ..serialization.jobspec import JobSpec
 from ..serialization.messages import Answer, Ask, Hello, JobId, PayloadId, PayloadRef, SubmitJob, Welcome
+from ..serialization.scratch import Scratch
 from .intake import job_folder
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class JobClient:
     Args:
         endpoint: the broker's control endpoint; default ``FEDLOOM_BROKER``, else this machine's port 7600.
         connect_s: seconds to wait for the broker's first answer.
-        timeout_s: seconds to wait for each later answer.
+        timeout_s: seconds to wait for each later answer, and for a broker that is gone to be back.
         link: an existing link to use instead of a new one; it is left open.
 
     Raises:
@@ -140,7 +140,8 @@ class JobClient:
         if "://" not in self.endpoint:
             raise JobError(f"broker {self.endpoint!r}; an endpoint such as {DEFAULT_BROKER} belongs here")
         token = secrets.token_hex(8)
-        link = Link(self.endpoint, Hello(node=f"client/{token}", role="client", boot=secrets.token_hex(16)))
+        hello = Hello(node=f"client/{token}", role="client", boot=secrets.token_hex(16))
+        link = Link(self.endpoint, hello, give_up_s=self._timeout_s)
         try:
             link.start(connect_s)
         except LinkTimeout as error:  # not a wait of the user's that ended, but a broker that is not there
@@ -166,8 +167,8 @@ class JobClient:
         """Whether a job was submitted with exactly what this folder holds now."""
         from ..serialization.digest import digest_file
 
-        with tempfile.TemporaryDirectory(prefix="fedloom-compare-") as temporary:
-            archive = Path(temporary) / "job.tar"
+        with Scratch("compare") as temporary:
+            archive = temporary / "job.tar"
             with archive.open("wb") as file:
                 write_archive(job, file)
             return info.archive is not None and info.archive.digest == digest_file(archive)
@@ -191,13 +192,13 @@ class JobClient:
                 "too_old", f"the broker is older than this client and cannot start behind {start}'s rounds"
             )
         job = Path(job).expanduser()
-        with tempfile.TemporaryDirectory(prefix="fedloom-submit-") as temporary, ExitStack() as stack:
+        with Scratch("submit") as temporary, ExitStack() as stack:
             archive = job
-            given = _only_folder(job, Path(temporary) / "job") if job.is_file() else job
+            given = _only_folder(job, temporary / "job") if job.is_file() else job
             folder = stack.enter_context(job_folder(given))
             spec = JobSpec.load(folder)
             if not job.is_file() or folder != given:
-                archive = Path(temporary) / "job.tar"
+                archive = temporary / "job.tar"
                 with archive.open("wb") as file:
                     write_archive(folder, file)
             digest = digest_file(archive)
@@ -254,8 +255,8 @@ class JobClient:
     def _archive_of(self, info: JobInfo) -> Generator[Path]:
         if info.archive is None:
             raise FaultError("unexpected", f"the broker's answer names no archive of job {info.job_id}")
-        with tempfile.TemporaryDirectory(prefix="fedloom-again-") as temporary:
-            yield self.fetch(info.archive, Path(temporary) / "job.tar")
+        with Scratch("again") as temporary:
+            yield self.fetch(info.archive, temporary / "job.tar")
 
     def info(self, job_id: str, *, sites: bool = True) -> JobInfo:
         """What the broker knows of a job; of a large one its sites are most of it.

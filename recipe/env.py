@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..serialization.errors import JobError
+from ..serialization.scratch import Scratch
 from . import overrides
 from .failures import SiteFailure, failures_of, script_errors
 from .logs import check_level
@@ -181,7 +182,6 @@ class ProdEnv(Env):
             LinkError: the broker cannot be reached. FaultError: it refused the job.
             JobError: ``--profile`` or ``--plan``, which are for simulations.
         """
-        import tempfile
 
         by = overrides.active()
         if by is not None and (by.profile or by.plan):
@@ -189,8 +189,8 @@ class ProdEnv(Env):
             raise JobError(f"{asked} is for simulations: this script submits its job to a broker (ProdEnv)")
         if by is not None and by.seed is not None:
             job.seed = by.seed
-        with tempfile.TemporaryDirectory(prefix="fedloom-job-") as temporary:
-            folder = job.export(Path(temporary) / "job")
+        with Scratch("job") as temporary:
+            folder = job.export(temporary / "job")
             with self.open() as client:
                 job_id = client.submit(folder)
         if by is not None:

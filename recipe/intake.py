@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..serialization.scratch import Scratch
 
 
 @contextmanager
@@ -24,8 +25,8 @@ def job_folder(folder: Path) -> Generator[Path]:
     if not folder.is_dir() or not needs_conversion(folder):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="fedloom-job-") as temporary:
-        converted = Path(temporary) / "job"
+    with Scratch("job") as temporary:
+        converted = temporary / "job"
         notes = convert_folder(folder, converted)
         if line := notes.line():
             print(f"{folder}: read as NVFLARE's: {line}", file=sys.stderr)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..serialization.jobspec import JobSpec
+from ..serialization.scratch import Scratch
 from .intake import job_folder
 from .simulate import SimOptions, checked, sim_settings
 
@@ -36,8 +36,8 @@ def plan_job(options: SimOptions, *, job: Job | None = None, folder: Path | None
         with job_folder(folder) as ours:
             return _plan(options, ours)
     assert job is not None, "a job or a folder"
-    with tempfile.TemporaryDirectory(prefix="fedloom-job-") as temporary:
-        return _plan(options, job.export(Path(temporary) / "job"))
+    with Scratch("job") as temporary:
+        return _plan(options, job.export(temporary / "job"))
 
 
 def _plan(options: SimOptions, folder: Path) -> Plan:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -71,23 +73,21 @@ def repo() -> Path:
 
 @pytest.fixture
 def free_port() -> Callable[[], int]:
-    """A TCP port on loopback that is free now, as is the one behind it; never the same twice."""
-    given: set[int] = set()
+    """A TCP port on loopback that is free now, as is the one behind it; never the same twice in this process."""
+    return _next_port
 
-    def find() -> int:
-        for _ in range(200):
-            with socket.socket() as first, socket.socket() as second:
-                first.bind(("127.0.0.1", 0))
-                port = first.getsockname()[1]
-                if port in given or port + 1 in given or port > 65000:
-                    continue
-                with contextlib.suppress(OSError):
-                    second.bind(("127.0.0.1", port + 1))
-                    given.update((port, port + 1))
-                    return port
-        raise AssertionError("no two free ports in a row")
 
-    return find
+def _next_port() -> int:
+    for _, port in zip(range(11_000), _PORTS, strict=False):
+        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return port
+    raise AssertionError("no two free ports in a row")
+
+
+#: Below those that the kernel gives to whoever connects (32768 on Linux), which would be in use before they are bound.
+_PORTS = itertools.islice(itertools.cycle(range(10_000, 32_000, 2)), random.SystemRandom().randrange(11_000), None)
 
 
 @pytest.fixture

@@ -158,24 +158,9 @@ def wait_for(condition: Any, timeout_s: float) -> None:
         time.sleep(0.05)
 
 
-def free_port() -> int:
-    """A port whose successor is free too."""
-    for _ in range(50):
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("no two free ports side by side")
-
-
 @pytest.fixture
-def services(tmp_path: Path) -> Iterator[str]:
+def services(tmp_path: Path, endpoint: str) -> Iterator[str]:
     """A broker, a controller and two executors, as three commands in four terminals; yields the endpoint."""
-    endpoint = f"tcp://127.0.0.1:{free_port()}"
     commands = [
         ["broker", "--bind", endpoint, "--store", str(tmp_path / "store")],
         ["controller", "--broker", endpoint],

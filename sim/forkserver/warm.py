@@ -6,16 +6,14 @@ Importing this takes a few milliseconds: the warm process is started before anyt
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from ...serialization.errors import ProcessError
+from ...serialization.scratch import Scratch
 from .client import Asked, WarmClient
 from .wire import Preloaded
 
@@ -31,8 +29,6 @@ THREAD_ENV = {
 }
 #: Variables that libraries and the interpreter read when they are loaded: to set one later would do nothing.
 _READ_AT_IMPORT = ("PYTHON", "LD_", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "NPY_", "TORCH", "PYTORCH", "HF_", "MALLOC_")
-#: Room for the sockets' names below the run folder: a unix socket's path has at most 107 bytes.
-MAX_TMP_BYTES = 60
 STOP_S = 0.6
 
 _BOOT = "from fedloom.sim.forkserver.server import main; main()"
@@ -55,9 +51,8 @@ class Warm(WarmClient):
     def __init__(self, skip: Iterable[str] = ()) -> None:
         if sys.platform != "linux":
             raise ProcessError(f"simulations need Linux (parent-death signals, /proc); this is {sys.platform}")
-        base = tempfile.gettempdir()
-        short = base if len(os.fsencode(base)) <= MAX_TMP_BYTES else "/tmp"  # noqa: S108 - private by mkdtemp
-        self.run_dir = Path(tempfile.mkdtemp(prefix="fl-", dir=short))
+        self._scratch = Scratch("sim", short=True)
+        self.run_dir = self._scratch.path
         self.path = self.run_dir / "warm"
         self.log_path = self.run_dir / "warm.log"
         self.skip = frozenset(skip)
@@ -80,7 +75,7 @@ class Warm(WarmClient):
                 )
         except OSError as error:
             ours.close()
-            shutil.rmtree(self.run_dir, ignore_errors=True)
+            self._scratch.close()
             raise ProcessError(f"cannot start {sys.executable!r}: {error}") from None
         super().__init__(ours)
 
@@ -142,4 +137,4 @@ class Warm(WarmClient):
             self.process.kill()
             self.process.wait()
             self.kill_others()
-        shutil.rmtree(self.run_dir, ignore_errors=True)
+        self._scratch.close()

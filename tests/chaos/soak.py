@@ -42,8 +42,10 @@ FAULT_S = 4.0
 IDLE_S = 60.0
 END_S = 120.0
 _MIB = 2**20
-#: Threads of a pool that were not needed before; what is left over for each job or fault would be more.
-_SLACK = 3
+#: What was not needed before: of an executor's threads, those for files (four and one a slot) and for sums. What is
+#: left over for each job or fault would be more.
+_MORE_THREADS = 6
+_MORE_FDS = 3
 
 
 @dataclass(slots=True)
@@ -232,7 +234,7 @@ def look(pid: int) -> Sample:
 
 def no_more(now: Sample, before: Sample) -> bool:
     """Whether no descriptor and no thread is left over; memory is judged by its slope."""
-    return now.fds <= before.fds + _SLACK and now.threads <= before.threads + _SLACK
+    return now.fds <= before.fds + _MORE_FDS and now.threads <= before.threads + _MORE_THREADS
 
 
 def mean(samples: Sequence[Sample]) -> float:

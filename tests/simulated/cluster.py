@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -190,7 +191,8 @@ class Cluster:
 
     def _controller(self) -> int:
         def start_job(request: JobRequest) -> _Process:
-            party = self.machine.start("job", lambda: run_job(request), parent=system.party())
+            folder = Path(system.disk.temporary("fedloom-job-"))
+            party = self.machine.start("job", lambda: run_job(request, folder), parent=system.party())
             party.ended.append(self._died)
             self.living["job"] = party
             return _Process(party)
