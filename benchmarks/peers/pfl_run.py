@@ -18,7 +18,7 @@ from pfl.internal.ops.selector import set_framework_module
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
 from torch import nn
-from workload import TINY, arguments, hand_in, note, weight
+from workload import TINY, arguments, hand_in, note, part, weight
 
 NEVER = 10**6
 
@@ -57,7 +57,7 @@ class OneClient(FederatedAveraging):
         else:
             with torch.no_grad():
                 for parameter in model.pytorch_model.parameters():
-                    parameter.add_(0.01 * client)
+                    parameter.add_(0.01 * part(client))
         return model.get_model_difference(initial_model_state), Metrics()
 
 
