@@ -59,7 +59,7 @@ def numpy_model(kind: str, mib: int, tensors: int) -> dict[str, np.ndarray[Any, 
 
 
 def part(client: int) -> int:
-    """A client's number, which counts to a hundred and begins anew: ten thousand are not a hundred times as different."""
+    """A client's number, counted to a hundred and anew: ten thousand are not a hundred times as different."""
     return (client - 1) % 100 + 1
 
 
