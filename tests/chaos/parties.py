@@ -155,6 +155,11 @@ class Parties:
         child = self.all[name].child
         return child.pid if child is not None and child.process.poll() is None else 0
 
+    def connected(self, site: str) -> bool:
+        """Whether the executor's present process has a session."""
+        child = self.all[site].child
+        return child is not None and child.process.poll() is None and "executor_up" in child.text
+
     def tree(self, name: str) -> list[int]:
         """The party's process and all that it has started."""
         root = self.pid(name)

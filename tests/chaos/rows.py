@@ -55,17 +55,20 @@ class Row:
 
 
 def _site(fleet: Any, chance: Any) -> str:
-    """A site, rather one that trains just now."""
-    busy = [site for site in fleet.training() if fleet.pid(site)]
-    return chance.choice(busy or list(fleet.sites))
+    """A site, rather one that trains just now; "" where none is connected: nobody would notice that such a one dies."""
+    up = [site for site in fleet.sites if fleet.connected(site)]
+    busy = [site for site in fleet.training() if site in up]
+    return chance.choice(busy or up or [""])
 
 
 def _executor(fleet: Any, chance: Any) -> int:
-    return fleet.kill(fleet.pid(_site(fleet, chance)))
+    site = _site(fleet, chance)
+    return fleet.kill(fleet.pid(site)) if site else 0
 
 
 def _host(fleet: Any, chance: Any) -> int:
-    pid = fleet.part(_site(fleet, chance), "executor.host")
+    site = _site(fleet, chance)
+    pid = fleet.part(site, "executor.host") if site else 0
     return fleet.kill(pid) if pid else 0
 
 
@@ -98,7 +101,7 @@ def _everything(fleet: Any, _: Any) -> int:
 def _freeze(fleet: Any, chance: Any) -> int:
     """Freeze an executor with all its processes; another machine takes its site over meanwhile."""
     site = _site(fleet, chance)
-    pids = fleet.tree(site)
+    pids = fleet.tree(site) if site else []
     for pid in reversed(pids):
         os.kill(pid, signal.SIGSTOP)
     fleet.frozen = pids
