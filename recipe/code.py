@@ -18,6 +18,8 @@ from ..serialization.errors import JobError
 
 #: Installed at every site: never taken along, even where a checkout of it lies beside the script.
 _NEVER = frozenset({"fedloom", "__main__", "__future__"})
+#: What installers call the folders of packages (the second is Debian's), whichever environment they belong to.
+_PACKAGES = frozenset({"site-packages", "dist-packages"})
 
 
 def script_folders() -> list[Path]:
@@ -31,7 +33,9 @@ def script_folders() -> list[Path]:
 
 
 def is_installed(folder: Path) -> bool:
-    """Whether a folder is Python's own or that of installed packages or commands."""
+    """Whether a folder is Python's own or that of installed packages or commands, here or in an environment below."""
+    if not _PACKAGES.isdisjoint(folder.parts):  # such as the system's, which a virtual environment may see
+        return True
     return any(folder.is_relative_to(Path(path).resolve()) for path in set(sysconfig.get_paths().values()))
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,7 @@ class Parties:
         sets = [word for name, value in (TIMES | dict(bounds or {})).items() for word in ("--set", f"{name}={value}")]
         self._streamed = {"FEDLOOM_NO_LOCAL": "1"} if streamed else {}
         self.all: dict[str, Party] = {}
+        self.struck = Counter[str]()  # sites, by the faults that were meant for them
         self._lock = threading.RLock()
         self._stop = threading.Event()
         logs = ("--log-level", "debug", "--log-format", "json")

@@ -55,10 +55,17 @@ class Row:
 
 
 def _site(fleet: Any, chance: Any) -> str:
-    """A site, rather one that trains just now; "" where none is connected: nobody would notice that such a one dies."""
+    """A site, rather one that trains just now; "" where none is connected: nobody would notice that such a one dies.
+
+    Of these one that was struck least: a task that takes three processes down is given up, as it should be.
+    """
     up = [site for site in fleet.sites if fleet.connected(site)]
     busy = [site for site in fleet.training() if site in up]
-    return chance.choice(busy or up or [""])
+    if not (busy or up):
+        return ""
+    site = min(busy or up, key=lambda site: (fleet.struck[site], chance.random()))
+    fleet.struck[site] += 1
+    return site
 
 
 def _executor(fleet: Any, chance: Any) -> int:

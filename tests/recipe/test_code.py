@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
 from fedloom.recipe.code import local_code, named_scripts, script_folders, tree
+from fedloom.recipe.components import sources
 from fedloom.serialization.errors import JobError
 
 
@@ -104,3 +107,17 @@ def test_scripts_that_a_job_script_names(tmp_path: Path) -> None:
     job.write_text("def (")
     assert named_scripts(job) == []
     assert named_scripts(tmp_path / "gone.py") == []
+
+
+@pytest.mark.parametrize("packages", ["lib/python3.11/site-packages", "lib/python3/dist-packages"])
+def test_packages_of_another_environment_do_not_travel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packages: str
+) -> None:
+    """As a virtual environment with --system-site-packages sees them, or one that PYTHONPATH adds."""
+    for folder, name in ((tmp_path / packages, "huge_library"), (tmp_path, "own_model")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text("class Net: ...\n")
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.import_module(name)
+    assert sources({"huge_library", "own_model.deep"}) == [tmp_path / "own_model"]

@@ -15,6 +15,8 @@ from fedloom.recipe import SimEnv
 pytestmark = pytest.mark.process
 
 SITES = ("site-1", "site-2", "site-3")
+#: Whether the sites keep a momentum of their own: without one a round can say less about what was lost.
+STATES = (pytest.param(False, id="stateless", marks=pytest.mark.proof), pytest.param(True, id="momentum"))
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_executor_with_half_an_upload_sent(
     assert Counter(jobs.runs())["site-1 0"] == 1, "the result was there: nothing had to be trained again"
 
 
-@pytest.mark.parametrize("momentum", [False, True], ids=["stateless", "momentum"])
+@pytest.mark.parametrize("momentum", STATES)
 def test_controller_after_k_of_n_folds(
     cluster: Any,
     jobs: Any,
@@ -113,7 +115,7 @@ def test_controller_behind_a_checkpoint(
     assert Counter(jobs.runs()) == {f"{site} {round}": 1 for site in SITES for round in range(3)}
 
 
-@pytest.mark.parametrize("momentum", [False, True], ids=["stateless", "momentum"])
+@pytest.mark.parametrize("momentum", STATES)
 @pytest.mark.parametrize("at", [6, 14])
 def test_broker_between_commit_and_send(
     cluster: Any, jobs: Any, undisturbed: Callable[..., str], sha256: Callable[[Path], str], momentum: bool, at: int
