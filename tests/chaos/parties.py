@@ -157,10 +157,10 @@ class Parties:
         child = self.all[name].child
         return child.pid if child is not None and child.process.poll() is None else 0
 
-    def connected(self, site: str) -> bool:
-        """Whether the executor's present process has a session."""
-        child = self.all[site].child
-        return child is not None and child.process.poll() is None and "executor_up" in child.text
+    def connected(self, name: str, event: str = "executor_up") -> bool:
+        """Whether the present process of an executor (or another, by what it says) is there for others."""
+        child = self.all[name].child
+        return child is not None and child.process.poll() is None and event in child.text
 
     def tree(self, name: str) -> list[int]:
         """The party's process and all that it has started."""

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 _GREETING = 64
 _LONG, _COMMAND = 2, 4
 _READ = 256 * 1024
+#: More waits on a slow link than the messages about streams take.
+_PART_OF_A_STREAM = 64 * 1024
 _MOST_BUFFERED = 4 * 1024 * 1024
 
 
@@ -124,7 +126,7 @@ class FaultProxy:
         return self._order(self._cut)
 
     def stall(self, seconds: float) -> int:
-        """Let nothing through on the connection that is busiest towards the broker; 1 if there was one."""
+        """Let nothing through on the connection that is busiest towards the broker; 1 if there was an upload."""
         return self._order(lambda: self._stall(seconds))
 
     def close(self) -> None:
@@ -246,7 +248,7 @@ class FaultProxy:
         return busy
 
     def _stall(self, seconds: float) -> int:
-        ways = [way for way in self._ways if way.up and way.waiting]
+        ways = [way for way in self._ways if way.up and len(way.waiting) >= _PART_OF_A_STREAM]
         if not ways:
             return 0
         max(ways, key=lambda way: len(way.waiting)).ready_at = time.monotonic() + seconds

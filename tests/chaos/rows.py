@@ -102,7 +102,7 @@ def _broker(fleet: Any, _: Any) -> int:
 
 
 def _everything(fleet: Any, _: Any) -> int:
-    return fleet.kill_all()
+    return fleet.kill_all() if fleet.connected("broker", "broker_ready") else 0
 
 
 def _freeze(fleet: Any, chance: Any) -> int:
