@@ -190,6 +190,7 @@ class Run:
             return
         doing = fleet.training()
         at = time.monotonic()
+        fleet.round = seen.commits
         hit = row.inject(fleet, self.chance)
         ends = at + row.lasts_s
         if row.second and hit:

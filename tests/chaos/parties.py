@@ -67,7 +67,8 @@ class Parties:
         sets = [word for name, value in (TIMES | dict(bounds or {})).items() for word in ("--set", f"{name}={value}")]
         self._streamed = {"FEDLOOM_NO_LOCAL": "1"} if streamed else {}
         self.all: dict[str, Party] = {}
-        self.struck = Counter[str]()  # sites, by the faults that were meant for them
+        self.round = 0  # the commits that there are
+        self.struck = Counter[tuple[int, str]]()  # how often a site's script was killed in a round
         self._lock = threading.RLock()
         self._stop = threading.Event()
         logs = ("--log-level", "debug", "--log-format", "json")

@@ -55,17 +55,10 @@ class Row:
 
 
 def _site(fleet: Any, chance: Any) -> str:
-    """A site, rather one that trains just now; "" where none is connected: nobody would notice that such a one dies.
-
-    Of these one that was struck least: a task that takes three processes down is given up, as it should be.
-    """
+    """A site, rather one that trains just now; "" where none is connected: nobody would notice that such a one dies."""
     up = [site for site in fleet.sites if fleet.connected(site)]
     busy = [site for site in fleet.training() if site in up]
-    if not (busy or up):
-        return ""
-    site = min(busy or up, key=lambda site: (fleet.struck[site], chance.random()))
-    fleet.struck[site] += 1
-    return site
+    return chance.choice(busy or up or [""])
 
 
 def _executor(fleet: Any, chance: Any) -> int:
@@ -74,8 +67,10 @@ def _executor(fleet: Any, chance: Any) -> int:
 
 
 def _host(fleet: Any, chance: Any) -> int:
+    """A site's script. Not thrice in a round: a task that takes three processes down is given up, as it should be."""
     site = _site(fleet, chance)
-    pid = fleet.part(site, "executor.host") if site else 0
+    pid = fleet.part(site, "executor.host") if site and fleet.struck[fleet.round, site] < 2 else 0
+    fleet.struck[fleet.round, site] += bool(pid)
     return fleet.kill(pid) if pid else 0
 
 
