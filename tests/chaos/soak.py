@@ -199,7 +199,11 @@ class Soak:
         return sum(path.stat().st_size for path in self.fleet.store.glob("journal.db*")) // 1024
 
     def _spool_kib(self) -> int:
-        return sum(path.stat().st_size for path in self.fleet.store.rglob("*") if path.is_file()) // 1024
+        found = 0
+        for path in self.fleet.store.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # it is at work
+                found += path.stat().st_size * path.is_file()
+        return found // 1024
 
     def _check_end(self, watched: dict[str, int], before: dict[str, Sample]) -> None:
         out = self.out

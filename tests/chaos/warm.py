@@ -70,7 +70,9 @@ class WarmRun:
 
     @property
     def _store(self) -> Path:
-        return next((path.parent for path in (self.folder / "runs").rglob("journal.db")), self.folder / "none")
+        return next(
+            (path.parent for path in (self.folder / "runs").glob("*/.sim/store/journal.db")), self.folder / "none"
+        )
 
     def _wait_for_work(self, child: Any, job: Any, seen: Any) -> bool:
         """Until a site trains and more is done than was before."""
