@@ -44,7 +44,8 @@ class WarmRun:
         out = self.outcome
         folder = self.folder / "job"
         folder.mkdir()
-        job = jobs.ChaosJob(folder, sites=SITES, rounds=rounds, elements=100_000, function=False, work_s=0.25)
+        # more than a round may pass between two faults
+        job = jobs.ChaosJob(folder, sites=SITES, rounds=2 * rounds, elements=100_000, function=False, work_s=0.25)
         calm, exported = job.undisturbed(), job.export()
         sites = ",".join(job.sites)
         argv = ("sim", str(exported), "-c", sites, "-t", "2", "-w", str(self.folder / "runs"), "--resume")
@@ -58,9 +59,11 @@ class WarmRun:
             if not moved:
                 out.wrong.append(f"nothing moved within {BEGIN_S:g} s:\n{child.text[-2000:]}")
                 break
-            if out.hit == faults:
+            if out.hit == faults or child.process.poll() == 0:
                 if child.wait(matrix.END_S) != 0:
                     out.wrong.append(f"exit code {child.process.returncode}:\n{child.text[-2000:]}")
+                if out.hit < faults:
+                    out.wrong.append(f"only {out.hit} faults of {faults} hit anybody")
                 break
             time.sleep(self.chance.uniform(0, 0.3))  # not a wait for something: where in the round it strikes
             seen, at = self._kill(child, job), time.monotonic()
