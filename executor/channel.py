@@ -212,8 +212,8 @@ class ChannelServer:
 
     def start(self) -> None:
         """Open the socket and start the thread."""
-        self._folder = Scratch("executor", short=True)
-        self.path = str(self._folder.path / "channel")
+        self._scratch = Scratch("executor", short=True)
+        self.path = str(self._scratch.path / "channel")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(self.path)
         self._listener.listen(256)
@@ -273,7 +273,7 @@ class ChannelServer:
         self._selector.close()
         for sock in (self._listener, self._wake_r, self._wake_w):
             sock.close()
-        self._folder.close()
+        self._scratch.close()
 
     # ------------------------------------------------------------ the thread
 

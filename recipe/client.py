@@ -141,7 +141,7 @@ class JobClient:
             raise JobError(f"broker {self.endpoint!r}; an endpoint such as {DEFAULT_BROKER} belongs here")
         token = secrets.token_hex(8)
         hello = Hello(node=f"client/{token}", role="client", boot=secrets.token_hex(16))
-        link = Link(self.endpoint, hello, give_up_s=self._timeout_s)
+        link = Link(self.endpoint, hello, give_up_s=max(connect_s, self._timeout_s))
         try:
             link.start(connect_s)
         except LinkTimeout as error:  # not a wait of the user's that ended, but a broker that is not there

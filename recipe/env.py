@@ -182,7 +182,6 @@ class ProdEnv(Env):
             LinkError: the broker cannot be reached. FaultError: it refused the job.
             JobError: ``--profile`` or ``--plan``, which are for simulations.
         """
-
         by = overrides.active()
         if by is not None and (by.profile or by.plan):
             asked = "--plan" if by.plan else "--profile"

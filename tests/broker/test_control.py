@@ -298,7 +298,8 @@ def test_ipc_with_a_store_whose_path_is_too_long_for_sockets(tmp_path: Path, pee
         assert isinstance(found, Path) and found.is_relative_to(store), "a co-located peer maps the file"
     finally:
         broker.stop()
-        path.unlink(missing_ok=True)
+        for left in (path, Path(f"{path}.data")):
+            left.unlink(missing_ok=True)
 
 
 def test_garbage_does_not_stop_the_loop(broker: Broker, peers: Callable[..., Peer]) -> None:
