@@ -120,7 +120,7 @@ def _lines(lines: Lines, found: Sequence[dict[str, Any]], path: Path) -> bool:
     drawn = series(lines.pattern, [Figure.of(item) for item in found])
     if not any(len(points) > 1 for points in drawn.values()):
         return False
-    figure, axes = plt.subplots(figsize=(5, 3.2))
+    figure, axes = plt.subplots(figsize=(6.2, 3.2))
     for name, points in drawn.items():
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, label=name)
     axes.set_xscale("log", base=2)
@@ -134,7 +134,7 @@ def _lines(lines: Lines, found: Sequence[dict[str, Any]], path: Path) -> bool:
 def _finish(figure: Any, axes: Any, title: str, path: Path) -> None:
     axes.set_title(title, fontsize=9)
     axes.grid(axis="y", linewidth=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside what it would hide
     figure.tight_layout()
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
